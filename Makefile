@@ -1,0 +1,39 @@
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+COUNT ?= 32
+
+.PHONY: demo test test-slow check up down format
+
+demo: $(VENV)/installed  ## the main job, end to end; DATASET=folder and COUNT=n change what it works on
+	$(BIN)/meddiff demo --count $(COUNT) $(if $(DATASET),--dataset "$(DATASET)")
+
+test: check  ## everything that ends within 15 minutes
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/installed  ## the rest, within 45 minutes
+	$(BIN)/pytest -m slow
+
+check: $(VENV)/installed  ## format, lint, types, arrows between packages
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+up: $(VENV)/installed  ## the embedded stack, in the background
+	$(BIN)/meddiff up
+
+down: $(VENV)/installed
+	$(BIN)/meddiff down
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch comes first and pinned: whatever asks for it later finds the CPU build in place.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

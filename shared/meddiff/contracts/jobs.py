@@ -1,0 +1,90 @@
+"""A job: what was asked, where it stands, how it ended."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from meddiff.contracts.base import Contract, DatasetId, JobId, ModelId, Stored, Tenant
+from meddiff.contracts.problems import Problem
+from meddiff.contracts.recipes import Recipe
+from meddiff.contracts.requests import FinetuneRequest, GenerateRequest
+
+Kind = Literal["finetune", "generate"]
+Status = Literal["queued", "validating", "running", "cancelling", "succeeded", "incomplete", "failed", "cancelled"]
+EndStatus = Literal["succeeded", "incomplete", "failed", "cancelled"]
+ENDED: frozenset[str] = frozenset({"succeeded", "incomplete", "failed", "cancelled"})
+
+
+class FinetuneSpec(Stored):
+    """``spec.json`` of a fine-tune: the request with everything resolved. The job exists once it is written."""
+
+    kind: Literal["finetune"] = "finetune"
+    tenant: Tenant
+    id: JobId
+    created_at: datetime
+    request: FinetuneRequest
+    recipe: Recipe
+    model_id: ModelId
+
+
+class GenerateSpec(Stored):
+    """``spec.json`` of a generate job. ``dataset_id`` is the model's own dataset."""
+
+    kind: Literal["generate"] = "generate"
+    tenant: Tenant
+    id: JobId
+    created_at: datetime
+    request: GenerateRequest
+    recipe: Recipe
+    model_id: ModelId
+    dataset_id: DatasetId
+
+
+Spec = FinetuneSpec | GenerateSpec
+
+
+class End(Stored):
+    """``end.json``: created once, and with it the job is over."""
+
+    status: EndStatus
+    finished_at: datetime
+    result: dict[str, Any] = {}
+    problem: Problem | None = None
+
+
+class Progress(Contract):
+    """``done`` of ``total`` in ``unit`` (``steps`` of training, ``pairs`` accepted) of the stage named beside it."""
+
+    done: int
+    total: int
+    unit: str
+
+
+class Job(Contract):
+    """What ``GET /jobs/{id}`` answers. Times are UTC; ``eta_seconds`` is absent until a speed has been measured."""
+
+    id: JobId
+    kind: Kind
+    status: Status
+    stage: str | None = None
+    progress: Progress | None = None
+    eta_seconds: float | None = None
+    queue_position: int | None = None
+    attempt: int = 1
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    request: dict[str, Any]
+    recipe: Recipe
+    metadata: dict[str, str] = {}
+    result: dict[str, Any] | None = None
+    problem: Problem | None = None
+    links: dict[str, str] = {}
+
+
+class JobList(Contract):
+    """A page of jobs, newest first; ``next`` is the cursor of the following page."""
+
+    jobs: tuple[Job, ...]
+    next: str | None = None

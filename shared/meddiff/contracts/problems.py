@@ -1,0 +1,87 @@
+"""Problems as RFC 9457 describes them: one type per kind of fault, never a stack trace."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from meddiff.contracts.base import Contract
+
+ProblemSlug = Literal[
+    "invalid-request",
+    "invalid-dataset",
+    "source-refused",
+    "source-unreachable",
+    "not-found",
+    "not-ready",
+    "conflict",
+    "too-large",
+    "unavailable",
+    "attempts-exhausted",
+    "task-failed",
+    "cancelled",
+    "internal",
+]
+
+TYPE_PREFIX = "urn:meddiff:problem:"
+
+STATUS: dict[ProblemSlug, int] = {
+    "invalid-request": 422,
+    "invalid-dataset": 422,
+    "source-refused": 403,
+    "source-unreachable": 422,
+    "not-found": 404,
+    "not-ready": 409,
+    "conflict": 409,
+    "too-large": 413,
+    "unavailable": 503,
+    "attempts-exhausted": 200,
+    "task-failed": 500,
+    "cancelled": 200,
+    "internal": 500,
+}
+
+TITLE: dict[ProblemSlug, str] = {
+    "invalid-request": "The request is not valid",
+    "invalid-dataset": "The dataset is not valid",
+    "source-refused": "The source may not be read",
+    "source-unreachable": "The source cannot be read",
+    "not-found": "There is no such thing",
+    "not-ready": "It is not there yet",
+    "conflict": "The state does not allow it",
+    "too-large": "The body is too large",
+    "unavailable": "A service this one needs is not reachable",
+    "attempts-exhausted": "Fewer pairs were accepted than asked for",
+    "task-failed": "A task of the job failed for good",
+    "cancelled": "The job was cancelled",
+    "internal": "The service failed",
+}
+
+
+class Fault(Contract):
+    """One fault of an input. ``pointer`` is a JSON pointer into the body (RFC 6901) or a file name in the dataset."""
+
+    pointer: str
+    detail: str
+
+
+class Problem(Contract):
+    """``application/problem+json`` (RFC 9457) with a stable ``type`` and, for input faults, ``errors``."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: tuple[Fault, ...] = ()
+
+
+def problem(slug: ProblemSlug, detail: str, errors: tuple[Fault, ...] | list[Fault] = ()) -> Problem:
+    """The problem of kind ``slug``; its status and title follow from the kind."""
+    return Problem(type=TYPE_PREFIX + slug, title=TITLE[slug], status=STATUS[slug], detail=detail, errors=tuple(errors))
+
+
+class ProblemError(Exception):
+    """A fault that is the caller's answer: trying again does not mend it. Ends a request, or a job, at once."""
+
+    def __init__(self, slug: ProblemSlug, detail: str, errors: tuple[Fault, ...] | list[Fault] = ()) -> None:
+        super().__init__(detail)
+        self.problem = problem(slug, detail, errors)

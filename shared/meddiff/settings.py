@@ -1,0 +1,36 @@
+"""Every setting, from the environment (``MEDDIFF_…``); secrets may come from files in ``/run/secrets``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """One process's settings. Each field is explained once, here."""
+
+    model_config = SettingsConfigDict(env_prefix="MEDDIFF_", extra="ignore")
+
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis: queues, leases and caches")
+    s3_endpoint: str = Field("127.0.0.1:9000", description="host:port of the S3 store as the services reach it")
+    s3_public_endpoint: str | None = Field(None, description="host:port in presigned links, where it differs")
+    s3_secure: bool = Field(False, description="TLS towards the S3 store")
+    s3_access_key: SecretStr = Field(SecretStr(""), description="access key of the S3 store")
+    s3_secret_key: SecretStr = Field(SecretStr(""), description="secret key of the S3 store")
+    s3_bucket: str = Field("meddiff", description="the service's own bucket")
+    file_roots: tuple[Path, ...] = Field((), description="folders that file:// dataset URIs may read from")
+    s3_sources: tuple[str, ...] = Field((), description="buckets that s3:// dataset URIs may read from")
+    model_root: Path | None = Field(None, description="folder of foundation checkpoints and encoders kept offline")
+    scratch: Path = Field(Path("/tmp/meddiff"), description="local disk of a worker: models, latest checkpoints")
+    host: str = Field("127.0.0.1", description="address the gateway listens on; loopback only until there are keys")
+    port: int = Field(8080, description="port the gateway listens on")
+    tenant: str = Field("local", description="the tenant of requests without a key, on loopback")
+    sweep_seconds: float = Field(2.0, gt=0, description="how often active jobs are planned again")
+    lease_seconds: float = Field(60.0, gt=0, description="how long a dispatched or running task holds its lease")
+    visibility_timeout: int = Field(
+        3600, ge=1, description="Celery: seconds after which an unacknowledged task returns"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    max_upload_bytes: int = Field(2**30, ge=1, description="largest dataset upload")
