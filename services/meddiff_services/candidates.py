@@ -1,0 +1,45 @@
+"""What a candidate is made of: decided by its index and the job's seed, before a pixel is painted."""
+
+from __future__ import annotations
+
+from meddiff.contracts.base import Contract, DatasetId, Sha256
+from meddiff.contracts.dataset import Case
+from meddiff.contracts.manifest import Window
+from meddiff.importing import load_case
+from meddiff.store.keys import ModelKeys
+
+from meddiff_services.pictures import Pixels, decode_png
+from meddiff_services.worker import Work
+
+
+class Candidate(Contract):
+    """One entry of a ``masks`` marker: the seed of candidate ``index``, the background below it, the case whose lesion
+    the composite starts from, and the window the inpainter works in."""
+
+    index: int
+    seed: int
+    dataset_id: DatasetId
+    background: Case
+    repaired: bool
+    donor: Case
+    window: Window
+
+
+def shard_indices(work: Work) -> range:
+    """Indices of the shard in hand: always a full one."""
+    size = work.spec.recipe.work.shard_size
+    first = work.spec.request.start_index + work.shard * size
+    return range(first, first + size)
+
+
+def drawn(work: Work) -> list[Candidate]:
+    """The shard's candidates as its ``masks`` task decided them."""
+    return [Candidate.model_validate(c) for c in work.marker("masks", work.shard).output["candidates"]]
+
+
+def background_image(work: Work, candidate: Candidate) -> Pixels:
+    """The picture below the lesion: the case itself, or the model's repaired copy of it."""
+    if candidate.repaired:
+        key = ModelKeys(work.tenant, work.spec.model_id).background(candidate.background.id)
+        return decode_png(work.store.get(key))
+    return load_case(work.store, work.tenant, candidate.dataset_id, candidate.background)[0]

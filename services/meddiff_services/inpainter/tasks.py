@@ -1,0 +1,86 @@
+"""Guided inpainting: lesions into backgrounds (eq. 2), and, for the paper's recipe, lesions out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from meddiff.contracts.tasks import Stage
+from meddiff.importing import load_case
+from meddiff.science import inpainting
+from meddiff.science.foundation import Foundation
+from meddiff.science.training import TrainingState
+from meddiff.seeds import derive
+from meddiff.store.keys import ModelKeys
+from safetensors.torch import load_file
+
+from meddiff_services.candidates import Candidate, background_image, drawn
+from meddiff_services.cases import imported, load, training_cases
+from meddiff_services.loading import fetch_folder, load_foundation, load_model
+from meddiff_services.pictures import decode_mask, encode_png
+from meddiff_services.worker import Outcome, Work
+
+
+def inpaint(work: Work) -> Outcome:
+    """Images of a shard: each lesion painted where its shape says, nothing else changed."""
+    recipe = work.spec.recipe
+    torch.set_num_threads(recipe.work.inference_threads)
+    candidates = drawn(work)
+    canvases = [_canvas(work, candidate) for candidate in candidates]
+    images = inpainting.inpaint(_model(work), canvases, recipe, work.should_stop)
+    work.raise_if_stopped()
+    for candidate, image in zip(candidates, images, strict=True):
+        work.store.put(work.keys.candidate(candidate.index, "image"), encode_png(image), "image/png")
+    return Outcome(units=len(images), output={})
+
+
+def _model(work: Work) -> Foundation:
+    keys = ModelKeys(work.tenant, work.spec.model_id)
+    folder: Path = work.settings.scratch / "models" / work.spec.model_id / "folder"
+    fetch_folder(work.store, keys.root + "/", folder, "model.json")
+    return load_model(folder, work.spec.recipe, work.settings)
+
+
+def _canvas(work: Work, candidate: Candidate) -> inpainting.Canvas:
+    background = background_image(work, candidate)
+    shape = decode_mask(work.store.get(work.keys.candidate(candidate.index, "shape")))
+    guide = decode_mask(work.store.get(work.keys.candidate(candidate.index, "guide")))
+    start = None
+    if work.spec.recipe.inpainting.strength < 1:
+        image, mask = load_case(work.store, work.tenant, work.spec.dataset_id, candidate.donor)
+        assert mask is not None
+        start = inpainting.fit_lesion(background, shape, guide, image, mask)
+    return inpainting.Canvas(background, shape, guide, start, derive(candidate.seed, "noise"))
+
+
+def backgrounds(work: Work) -> Outcome:
+    """Lesion-free backgrounds of the model: the lesions of a shard of training cases repaired away."""
+    recipe = work.spec.recipe
+    torch.set_num_threads(recipe.work.inference_threads)
+    dataset_id = imported(work)
+    size = recipe.work.shard_size
+    cases = training_cases(work, dataset_id)[work.shard * size : (work.shard + 1) * size]
+    model = load_foundation(recipe.foundation, work.settings, work.store)
+    model.unet.load_state_dict(_averaged(work))
+    keys = ModelKeys(work.tenant, work.spec.model_id)
+    for n, case in enumerate(cases):
+        pair = load(work, dataset_id, case)
+        image = inpainting.repair(model, pair.image, pair.mask, recipe, derive("repair", case.image_sha256))
+        work.store.put(keys.background(case.id), encode_png(image), "image/png")
+        work.progress(n + 1, len(cases), "backgrounds")
+        work.raise_if_stopped()
+    return Outcome(units=len(cases), output={})
+
+
+def _averaged(work: Work) -> dict[str, torch.Tensor]:
+    """Averaged weights of the U-Net that repairs: the paper's second one, or the one that does both."""
+    finetuning = work.spec.recipe.finetuning
+    part = "repair" if finetuning.separate_repair else "inpainter"
+    path = work.scratch / f"{part}.{finetuning.steps:08d}.safetensors"
+    if not path.exists():
+        work.store.download_file(work.keys.checkpoint(part, finetuning.steps, "state.safetensors"), path)
+    return TrainingState.from_tensors(load_file(path)).ema
+
+
+STAGES: dict[Stage, Callable[[Work], Outcome]] = {"inpainting": inpaint, "backgrounds": backgrounds}

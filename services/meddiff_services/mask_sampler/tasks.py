@@ -1,0 +1,126 @@
+"""Mask sampling: for each candidate a shape, the background it lies on, and the guide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from meddiff.contracts.dataset import Case
+from meddiff.contracts.tasks import Stage
+from meddiff.importing import load_dataset
+from meddiff.science import geometry, mask_generator
+from meddiff.seeds import derive
+from meddiff.store.keys import ModelKeys
+
+from meddiff_services.candidates import Candidate, shard_indices
+from meddiff_services.cases import Loaded, load, training_cases
+from meddiff_services.loading import fetch_folder
+from meddiff_services.pictures import Mask, encode_png
+from meddiff_services.worker import Outcome, Work
+
+COVERING = 5
+"""Among how many backgrounds whose old lesion a shape covers best one is drawn."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A possible background: its case and the lesion on it that the guide has to cover (H, W), maybe none."""
+
+    dataset_id: str
+    case: Case
+    repaired: bool
+    lesion: Mask
+
+
+def masks(work: Work) -> Outcome:
+    """Shapes and guides of a shard, and the background and donor of each."""
+    torch.set_num_threads(work.spec.recipe.work.inference_threads)
+    recipe = work.spec.recipe
+    pairs = [load(work, work.spec.dataset_id, case) for case in training_cases(work, work.spec.dataset_id)]
+    grounds = _grounds(work, pairs)
+    indices = shard_indices(work)
+    seeds = [derive(work.spec.request.seed, "candidate", index) for index in indices]
+    shapes = _shapes(work, [p.mask for p in pairs], seeds)
+    candidates = []
+    for index, seed, low in zip(indices, seeds, shapes, strict=True):
+        ground = choose_ground(low, grounds, derive(seed, "background"))
+        shape = mask_generator.place(low, (ground.case.height, ground.case.width))
+        guide = geometry.guide_of(shape, recipe.inpainting.guide_margin, ground.lesion if ground.lesion.any() else None)
+        work.store.put(work.keys.candidate(index, "shape"), encode_png(shape), "image/png")
+        work.store.put(work.keys.candidate(index, "guide"), encode_png(guide), "image/png")
+        candidates.append(
+            Candidate(
+                index=index,
+                seed=seed,
+                dataset_id=ground.dataset_id,
+                background=ground.case,
+                repaired=ground.repaired,
+                donor=choose_donor(shape, pairs, derive(seed, "donor")),
+                window=geometry.window_around(guide, recipe.inpainting.context),
+            )
+        )
+        work.progress(len(candidates), len(indices), "shapes")
+    return Outcome(units=len(candidates), output={"candidates": [c.model_dump(mode="json") for c in candidates]})
+
+
+def _shapes(work: Work, real: Sequence[Mask], seeds: Sequence[int]) -> list[Mask]:
+    """Low-resolution shapes: the user's own masks, drawn by the mask DDPM, or geometric where masks are too few."""
+    settings = work.spec.recipe.mask_generation
+    if work.spec.request.masks is not None:
+        dataset = load_dataset(work.store, work.tenant, work.spec.request.masks)
+        chosen = [dataset.pairs[derive(seed, "mask") % len(dataset.pairs)] for seed in seeds]
+        return [load(work, dataset.id, case).mask for case in chosen]
+    if len(real) < settings.min_masks:
+        return [mask_generator.geometric(real, derive(seed, "shape")) for seed in seeds]
+    keys = ModelKeys(work.tenant, work.spec.model_id)
+    folder = work.settings.scratch / "models" / work.spec.model_id / "mask_generator"
+    fetch_folder(work.store, keys.file("mask_generator") + "/", folder, "config.json")
+    unet = mask_generator.load(folder)
+    return mask_generator.sample(unet, work.spec.recipe, [derive(seed, "shape") for seed in seeds], real)
+
+
+def _grounds(work: Work, pairs: Sequence[Loaded]) -> list[Ground]:
+    """Backgrounds to choose from: real lesion-free images first; else repaired ones, or the pairs to be covered."""
+    dataset_id = work.spec.request.backgrounds or work.spec.dataset_id
+    dataset = load_dataset(work.store, work.tenant, dataset_id)
+    if dataset.backgrounds:
+        return [Ground(dataset_id, c, False, np.zeros((c.height, c.width), np.bool_)) for c in dataset.backgrounds]
+    if work.spec.request.backgrounds is not None:
+        pairs = [load(work, dataset_id, case) for case in dataset.pairs]
+    elif work.spec.recipe.inpainting.background == "repair":
+        return [Ground(dataset_id, p.case, True, np.zeros_like(p.mask)) for p in pairs]
+    return [Ground(dataset_id, p.case, False, p.mask) for p in pairs]
+
+
+def choose_ground(low: Mask, grounds: Sequence[Ground], seed: int) -> Ground:
+    """One of the backgrounds whose old lesion the shape covers best, so that little has to be repaired around it.
+
+    ``low``: shape (h, w) in the frame of the whole image, whatever its size. Lesion-free backgrounds are all alike.
+    """
+    size = 64
+    shape = geometry.resize_mask(low, (size, size))
+
+    def uncovered(ground: Ground) -> float:
+        lesion = geometry.resize_mask(ground.lesion, (size, size))
+        return float((lesion & ~shape).sum()) / max(1.0, float(shape.sum()))
+
+    if not any(ground.lesion.any() for ground in grounds):
+        return grounds[seed % len(grounds)]
+    best = sorted(grounds, key=lambda g: (uncovered(g), g.case.id))[:COVERING]
+    return best[seed % len(best)]
+
+
+def choose_donor(shape: Mask, pairs: Sequence[Loaded], seed: int) -> Case:
+    """A real case whose lesion is stretched least by the shape: one of the half that is nearest in relative area."""
+    area = shape.mean()
+
+    def stretch(pair: Loaded) -> float:
+        return abs(float(np.log((pair.mask.mean() + 1e-6) / (area + 1e-6))))
+
+    nearest = sorted(pairs, key=lambda p: (stretch(p), p.case.id))[: max(1, len(pairs) // 2)]
+    return nearest[seed % len(nearest)].case
+
+
+STAGES: dict[Stage, Callable[[Work], Outcome]] = {"masks": masks}

@@ -1,0 +1,216 @@
+"""Judging pairs: those that come in (import, calibration) and those that were made (scores, labels, the manifest)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+from meddiff import __version__, signatures
+from meddiff.contracts.base import sha256_hex
+from meddiff.contracts.dataset import Case
+from meddiff.contracts.manifest import (
+    Background,
+    Counts,
+    Label,
+    Manifest,
+    Pair,
+    Picture,
+    Reason,
+    Rejected,
+)
+from meddiff.contracts.models import ModelCard
+from meddiff.contracts.tasks import Stage
+from meddiff.importing import import_dataset, load_dataset, open_source, select_cases
+from meddiff.planning import selection
+from meddiff.science import erosion, quality
+from meddiff.store.keys import ModelKeys
+
+from meddiff_services.candidates import Candidate, background_image, drawn
+from meddiff_services.cases import imported, load, training_cases
+from meddiff_services.loading import fingerprint, load_encoder
+from meddiff_services.pictures import Mask, Pixels, decode_mask, decode_png, encode_png, overlay, sheet
+from meddiff_services.worker import Outcome, Work
+
+SHEET_PAIRS = 100
+
+
+def import_(work: Work) -> Outcome:
+    """Read, judge and store the dataset; every fault ends the job before any training."""
+    request = work.spec.request
+    if request.dataset_uri.startswith("ds_"):
+        dataset = load_dataset(work.store, work.tenant, request.dataset_uri)
+    else:
+        with open_source(request.dataset_uri, work.settings, work.store) as source:
+            dataset = import_dataset(
+                source, work.store, work.tenant, lambda done, total: work.progress(done, total, "cases")
+            )
+    cases = select_cases(dataset, request.max_pairs or work.spec.recipe.max_pairs, request.split_seed)
+    return Outcome(
+        units=len(dataset.cases),
+        output={
+            "dataset_id": dataset.id,
+            "layout": dataset.layout,
+            "pairs": len(cases),
+            "backgrounds": len(dataset.backgrounds),
+            "cases": [case.image_sha256 for case in cases],
+        },
+    )
+
+
+def calibrate(work: Work) -> Outcome:
+    """Embeddings of the real lesion crops and the similarity band that follows from them."""
+    recipe = work.spec.recipe
+    torch.set_num_threads(recipe.work.inference_threads)
+    dataset_id = imported(work)
+    cases = training_cases(work, dataset_id)
+    encoder = load_encoder(recipe.quality, work.settings, work.store)
+    crops = []
+    for case in cases:
+        pair = load(work, dataset_id, case)
+        crops.append(quality.lesion_crop(pair.image, pair.mask, recipe.quality.context, recipe.quality.crop_px))
+        work.progress(len(crops), len(cases), "cases")
+    reference = quality.calibrate(encoder, crops, [case.image_sha256 for case in cases], recipe.quality)
+    keys = ModelKeys(work.tenant, work.spec.model_id)
+    work.store.put(keys.reference, reference.to_bytes(), "application/octet-stream")
+    return Outcome(units=len(cases), output=reference.summary())
+
+
+def score(work: Work) -> Outcome:
+    """Verdict, label and digests of each candidate of a shard."""
+    recipe = work.spec.recipe
+    torch.set_num_threads(recipe.work.inference_threads)
+    encoder = load_encoder(recipe.quality, work.settings, work.store)
+    reference = quality.Reference.from_bytes(
+        work.store.get(ModelKeys(work.tenant, work.spec.model_id).reference)
+    )
+    entries = []
+    for candidate in drawn(work):
+        entries.append(_judged(work, candidate, encoder, reference))
+        work.progress(len(entries), recipe.work.shard_size, "candidates")
+    return Outcome(units=len(entries), output={"candidates": entries})
+
+
+def _judged(
+    work: Work, candidate: Candidate, encoder: quality.Encoder, reference: quality.Reference
+) -> selection.Entry:
+    """One candidate's entry in the marker: why it was turned away, or the pair as the manifest will list it."""
+    recipe = work.spec.recipe
+    data = {what: work.store.get(work.keys.candidate(candidate.index, what)) for what in ("image", "shape", "guide")}
+    image, shape, guide = decode_png(data["image"]), decode_mask(data["shape"]), decode_mask(data["guide"])
+    reason, scores = quality.judge(reference, encoder, image, shape, recipe.quality)
+    signature = signatures.of(shape)
+    if reason is not None:
+        rejected = Rejected(index=candidate.index, reason=reason, scores=scores)
+        return selection.Entry(index=candidate.index, reason=reason, signature=signature, rejected=rejected)
+    label, eroded_px = erosion.erode(shape, recipe.erosion.share)
+    data["label"] = encode_png(label)
+    work.store.put(work.keys.candidate(candidate.index, "label"), data["label"], "image/png")
+    pictures = {what: _picture(work, candidate.index, what, png, shape) for what, png in data.items()}
+    pair = Pair(
+        index=candidate.index,
+        seed=candidate.seed,
+        image=pictures["image"],
+        label=Label(**pictures["label"].model_dump(), eroded_px=eroded_px),
+        shape=pictures["shape"],
+        guide=pictures["guide"],
+        window=candidate.window,
+        background=Background(sha256=candidate.background.image_sha256, repaired=candidate.repaired),
+        scores=scores,
+        outside_guide_max_diff=max_difference(image, background_image(work, candidate), ~guide),
+    )
+    return selection.Entry(index=candidate.index, reason=None, signature=signature, pair=pair)
+
+
+def _picture(work: Work, index: int, what: str, png: bytes, shape: Mask) -> Picture:
+    height, width = shape.shape
+    return Picture(
+        uri=f"/jobs/{work.spec.id}/pairs/{index}/{what}",
+        key=work.keys.candidate(index, what),
+        sha256=sha256_hex(png),
+        width=width,
+        height=height,
+    )
+
+
+def max_difference(one: Pixels, other: Pixels, where: Mask) -> int:
+    """Largest absolute difference of two images (H, W, C) in grey levels at the pixels of ``where``; 0 if none."""
+    return int(np.abs(one.astype(np.int16) - other.astype(np.int16))[where].max(initial=0))
+
+
+def manifest(work: Work) -> Outcome:
+    """The manifest of the first N accepted pairs in index order, and the sheet to look at; the surplus is swept."""
+    request = work.spec.request
+    entries = [
+        selection.Entry.model_validate(entry)
+        for marker in work.markers("quality")
+        for entry in marker.output["candidates"]
+    ]
+    chosen = selection.select(entries, request.count, work.spec.recipe.quality.max_shape_iou)
+    card = ModelCard.model_validate_json(work.store.get(ModelKeys(work.tenant, work.spec.model_id).card))
+    pairs = tuple(entry.pair for entry in chosen.accepted if entry.pair is not None)
+    rejected = tuple(_rejected(entry, reason) for entry, reason in chosen.rejected)
+    manifest = Manifest(
+        job_id=work.spec.id,
+        model_id=work.spec.model_id,
+        dataset_id=work.spec.dataset_id,
+        created_at=datetime.now(UTC),
+        software_version=__version__,
+        fingerprint=fingerprint(work.spec.recipe, work.settings),
+        foundation=card.foundation,
+        inpainter=card.inpainter,
+        encoder=card.encoder,
+        recipe=work.spec.recipe,
+        request=request.model_dump(mode="json"),
+        cases=card.cases,
+        release_class="internal",
+        counts=Counts(
+            requested=request.count,
+            generated=len(pairs) + len(rejected),
+            accepted=len(pairs),
+            rejected=chosen.by_reason(),
+        ),
+        pairs=pairs,
+        rejected=rejected,
+        next_start_index=chosen.next_index,
+    )
+    _sweep(work, {picture.key for pair in pairs for picture in (pair.image, pair.label, pair.shape, pair.guide)})
+    work.store.put(work.keys.contact_sheet, _contact_sheet(work, pairs[:SHEET_PAIRS]), "image/png")
+    work.store.put(work.keys.manifest, manifest.model_dump_json(indent=1).encode(), "application/json")
+    return Outcome(units=len(pairs), output={"accepted": len(pairs), "next_start_index": chosen.next_index})
+
+
+def _rejected(entry: selection.Entry, reason: Reason) -> Rejected:
+    scores = entry.pair.scores if entry.pair is not None else entry.rejected.scores if entry.rejected else None
+    return Rejected(index=entry.index, reason=reason, scores=scores)
+
+
+def _sweep(work: Work, kept: set[str]) -> None:
+    """Remove the pixels of candidates that the manifest does not hold."""
+    work.store.delete([key for key in work.store.list(work.keys.candidates_root) if key not in kept])
+
+
+def _contact_sheet(work: Work, pairs: tuple[Pair, ...]) -> bytes:
+    """Image, guide, label and overlay of each pair, and beside each the nearest real image."""
+    cases = {case.image_sha256: case for case in load_dataset(work.store, work.tenant, work.spec.dataset_id).cases}
+    rows: list[list[Pixels | Mask]] = []
+    for pair in pairs:
+        image = decode_png(work.store.get(pair.image.key))
+        label = decode_mask(work.store.get(pair.label.key))
+        guide = decode_mask(work.store.get(pair.guide.key))
+        nearest: Case = cases[pair.scores.nearest_sha256]
+        real = load(work, work.spec.dataset_id, nearest)
+        rows.append([image, guide, label, overlay(image, label), overlay(real.image, real.mask)])
+        work.progress(len(rows), len(pairs), "pairs")
+    header = ["synthetic", "guide", "label", "overlay", "nearest real"]
+    captions = [f"{pair.index}: {pair.scores.nearest_real:.2f} to the nearest real" for pair in pairs]
+    return sheet(rows, header, captions, side=112, groups=2)
+
+
+STAGES: dict[Stage, Callable[[Work], Outcome]] = {
+    "import": import_,
+    "calibrate": calibrate,
+    "quality": score,
+    "manifest": manifest,
+}

@@ -1,0 +1,264 @@
+"""Training tasks: cache latents, train a segment, publish the model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from meddiff import __version__
+from meddiff.contracts.manifest import Component
+from meddiff.contracts.models import ModelCard
+from meddiff.contracts.tasks import Marker, Stage
+from meddiff.importing import load_dataset
+from meddiff.science import finetune, geometry, inpainting, mask_generator
+from meddiff.science import foundation as foundations
+from meddiff.science.training import StepLog, TrainingState
+from meddiff.seeds import derive
+from meddiff.store.keys import ModelKeys, model_name
+from safetensors.torch import load_file, save_file
+
+from meddiff_services.cases import imported, load, training_cases
+from meddiff_services.loading import fingerprint, load_encoder, load_foundation
+from meddiff_services.pictures import Pixels, sheet
+from meddiff_services.worker import Outcome, Work
+
+KEPT_CHECKPOINTS = 2
+
+
+def cache(work: Work) -> Outcome:
+    """Latents, masked-image latents and guides of every variant of every pair, and the prompt embedding: once a job."""
+    torch.set_num_threads(work.spec.recipe.work.training_threads)
+    dataset_id = imported(work)
+    pairs = [load(work, dataset_id, case) for case in training_cases(work, dataset_id)]
+    dataset = load_dataset(work.store, work.tenant, dataset_id)
+    backgrounds = [load(work, dataset_id, case).image for case in dataset.backgrounds]
+    recipe = work.spec.recipe
+    tensors = finetune.build_cache(
+        load_foundation(recipe.foundation, work.settings, work.store),
+        [(p.image, p.mask) for p in pairs],
+        backgrounds,
+        recipe,
+        derive(work.spec.request.split_seed, "cache"),
+        lambda done, total: work.progress(done, total, "examples"),
+    )
+    path = _cache_file(work)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    work.store.upload_file(work.keys.cache, path)
+    return Outcome(units=len(pairs), output={})
+
+
+def _cache_file(work: Work) -> Path:
+    return work.scratch / "latents.safetensors"
+
+
+def _cached(work: Work) -> dict[str, torch.Tensor]:
+    path = _cache_file(work)
+    if not path.exists():
+        work.store.download_file(work.keys.cache, path)
+    return load_file(path)
+
+
+def _segment(work: Work, part: Stage, steps: int, segment_steps: int, train: "Train") -> tuple[TrainingState, Outcome]:
+    """Train steps [start, stop) of ``part`` from the checkpoint before it, and leave the next one."""
+    torch.set_num_threads(work.spec.recipe.work.training_threads)
+    start = work.shard * segment_steps
+    stop = min(start + segment_steps, steps)
+    log: list[StepLog] = []
+
+    def on_step(entry: StepLog) -> None:
+        log.append(entry)
+        work.progress(
+            entry.step, steps, "steps", loss=entry.loss, learning_rate=entry.learning_rate, seconds=entry.seconds
+        )
+
+    state = train(_load_checkpoint(work, part, start) if start else None, stop, on_step)
+    work.raise_if_stopped()
+    _save_checkpoint(work, part, state)
+    work.store.put(work.keys.training_log(part, work.shard), _log_lines(log), "application/x-ndjson")
+    losses = [entry.loss for entry in log]
+    work.log.info(
+        "segment trained",
+        part=part,
+        step=stop,
+        loss=round(float(np.mean(losses)), 5),
+        learning_rate=log[-1].learning_rate,
+        seconds_per_step=round(float(np.median([entry.seconds for entry in log])), 4),
+        memory_bytes=log[-1].memory_bytes,
+    )
+    return state, Outcome(units=stop - start, output={"step": stop, "mean_loss": float(np.mean(losses))})
+
+
+Train = Callable[[TrainingState | None, int, Callable[[StepLog], None]], TrainingState]
+
+
+def _log_lines(log: list[StepLog]) -> bytes:
+    return b"".join(json.dumps(vars(entry)).encode() + b"\n" for entry in log)
+
+
+def _checkpoint_file(work: Work, part: Stage, step: int) -> Path:
+    return work.scratch / f"{part}.{step:08d}.safetensors"
+
+
+def _load_checkpoint(work: Work, part: Stage, step: int) -> TrainingState:
+    path = _checkpoint_file(work, part, step)
+    if not path.exists():
+        work.store.download_file(work.keys.checkpoint(part, step, "state.safetensors"), path)
+    return TrainingState.from_tensors(load_file(path))
+
+
+def _save_checkpoint(work: Work, part: Stage, state: TrainingState) -> None:
+    """Upload the checkpoint; keep the newest two in the store and the newest on this disk."""
+    path = _checkpoint_file(work, part, state.step)
+    partial = path.with_suffix(".partial")
+    save_file(state.to_tensors(), partial)
+    partial.replace(path)
+    work.store.upload_file(work.keys.checkpoint(part, state.step, "state.safetensors"), path)
+    for old in path.parent.glob(f"{part}.*.safetensors"):
+        if old != path:
+            old.unlink()
+    stored = sorted(work.store.list(work.keys.checkpoints(part)))
+    work.store.delete(stored[:-KEPT_CHECKPOINTS])
+
+
+def inpainter(work: Work) -> Outcome:
+    """A segment of the guided inpainter (eq. 1), and pictures of what it paints so far."""
+    state, outcome = _diffusion_segment(work, "inpainter")
+    _preview_inpainter(work, state)
+    return outcome
+
+
+def repair(work: Work) -> Outcome:
+    """A segment of the paper's second U-Net, on inverted masks."""
+    return _diffusion_segment(work, "repair")[1]
+
+
+def _diffusion_segment(work: Work, part: Stage) -> tuple[TrainingState, Outcome]:
+    recipe = work.spec.recipe
+    cached = _cached(work)
+    model = load_foundation(recipe.foundation, work.settings, work.store)
+
+    def train(state: TrainingState | None, stop: int, on_step: Callable[[StepLog], None]) -> TrainingState:
+        seed = derive(work.spec.request.split_seed, "finetune")
+        return finetune.train(model, cached, recipe, seed, part, state, stop, on_step, work.should_stop)
+
+    return _segment(work, part, recipe.finetuning.steps, recipe.finetuning.segment_steps, train)
+
+
+def _preview_inpainter(work: Work, state: TrainingState) -> None:
+    """Lesions painted into a few training images where their masks say, with the averaged weights so far."""
+    recipe = work.spec.recipe
+    count = recipe.finetuning.preview_pairs
+    if count == 0:
+        return
+    dataset_id = imported(work)
+    cases = [load(work, dataset_id, case) for case in training_cases(work, dataset_id)[:count]]
+    model = load_foundation(recipe.foundation, work.settings, work.store)
+    model.unet.load_state_dict(state.ema)
+    canvases = []
+    for n, here in enumerate(cases):
+        guide = geometry.guide_of(here.mask, recipe.inpainting.guide_margin)
+        donor = cases[n - 1]
+        start = inpainting.fit_lesion(here.image, here.mask, guide, donor.image, donor.mask)
+        canvases.append(inpainting.Canvas(here.image, here.mask, guide, start, derive("preview", n)))
+    painted = inpainting.inpaint(model, canvases, recipe, work.should_stop)
+    rows: list[list[Pixels | np.ndarray]] = [
+        [here.image, here.mask, image] for here, image in zip(cases, painted, strict=True)
+    ]
+    png = sheet(rows, ["real", "shape", f"painted, step {state.step}"])
+    work.store.put(work.keys.preview(work.shard, "inpainter"), png, "image/png")
+
+
+def mask_generator_segment(work: Work) -> Outcome:
+    """A segment of the mask DDPM, and shapes it draws so far."""
+    recipe = work.spec.recipe
+    dataset_id = imported(work)
+    masks = [load(work, dataset_id, case).mask for case in training_cases(work, dataset_id)]
+
+    def train(state: TrainingState | None, stop: int, on_step: Callable[[StepLog], None]) -> TrainingState:
+        seed = derive(work.spec.request.split_seed, "mask_generator")
+        return mask_generator.train(masks, recipe, seed, state, stop, on_step, work.should_stop)
+
+    settings = recipe.mask_generation
+    state, outcome = _segment(work, "mask_generator", settings.steps, settings.segment_steps, train)
+    if state.step == settings.steps:
+        unet = mask_generator.build(settings)
+        unet.load_state_dict(state.ema)
+        shapes = mask_generator.sample(unet, recipe, [derive("preview", n) for n in range(16)], masks)
+        png = sheet([shapes[n : n + 8] for n in range(0, 16, 8)], ["shapes", *[""] * 7], side=64)
+        work.store.put(work.keys.preview(work.shard, "shapes"), png, "image/png")
+    return outcome
+
+
+def publish(work: Work) -> Outcome:
+    """Assemble the model: a diffusers folder, the mask generator beside it, and its card last."""
+    started = time.monotonic()
+    recipe = work.spec.recipe
+    keys = ModelKeys(work.tenant, work.spec.model_id)
+    dataset_id = imported(work)
+    dataset = load_dataset(work.store, work.tenant, dataset_id)
+    cases = training_cases(work, dataset_id)
+    folder = work.scratch / "model"
+    base = load_foundation(recipe.foundation, work.settings, work.store)
+    foundation = Component(source=recipe.foundation.source, sha256=base.sha256)
+    finetuning = recipe.finetuning
+    base.unet.load_state_dict(_load_checkpoint(work, "inpainter", finetuning.steps).ema)
+    foundations.save(base, folder)
+    if finetuning.separate_repair:
+        base.unet.load_state_dict(_load_checkpoint(work, "repair", finetuning.steps).ema)
+        base.unet.save_pretrained(folder / "repair_unet")
+    if len(cases) >= recipe.mask_generation.min_masks:
+        masks = mask_generator.build(recipe.mask_generation)
+        masks.load_state_dict(_load_checkpoint(work, "mask_generator", recipe.mask_generation.steps).ema)
+        masks.save_pretrained(folder / "mask_generator")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for n, path in enumerate(files):
+        work.store.upload_file(keys.file(*path.relative_to(folder).parts), path)
+        work.progress(n + 1, len(files), "files")
+    encoder = load_encoder(recipe.quality, work.settings, work.store)
+    segments: list[Stage] = ["inpainter", "mask_generator", "repair"]
+    card = ModelCard(
+        id=work.spec.model_id,
+        name=work.spec.request.name,
+        job_id=work.spec.id,
+        dataset_id=dataset_id,
+        created_at=datetime.now(UTC),
+        recipe=recipe,
+        foundation=foundation,
+        inpainter=Component(source=f"job {work.spec.id}", sha256=foundations.digest(folder / "unet")),
+        encoder=Component(source=encoder.source, sha256=encoder.sha256),
+        fingerprint=fingerprint(recipe, work.settings),
+        cases=tuple(case.image_sha256 for case in cases),
+        backgrounds=len(dataset.backgrounds),
+        training={stage: _training_summary(work.markers(stage)) for stage in segments if work.markers(stage)},
+        quality=work.marker("calibrate", 0).output,
+        software_version=__version__,
+    )
+    work.store.put(keys.card, card.model_dump_json().encode(), "application/json")
+    if work.spec.request.name is not None:
+        pointer = json.dumps({"model_id": work.spec.model_id}).encode()
+        work.store.put(model_name(work.tenant, work.spec.request.name), pointer, "application/json")
+    work.log.info("model published", seconds=round(time.monotonic() - started, 1))
+    return Outcome(units=1, output={"model_id": work.spec.model_id, "inpainter_sha256": card.inpainter.sha256})
+
+
+def _training_summary(markers: list[Marker]) -> dict[str, float]:
+    steps = sum(m.units for m in markers)
+    return {
+        "steps": steps,
+        "mean_loss_last_segment": markers[-1].output["mean_loss"],
+        "seconds_per_step": round(sum(m.seconds for m in markers) / steps, 4),
+    }
+
+
+STAGES: dict[Stage, Callable[[Work], Outcome]] = {
+    "cache": cache,
+    "inpainter": inpainter,
+    "repair": repair,
+    "mask_generator": mask_generator_segment,
+    "publish": publish,
+}
