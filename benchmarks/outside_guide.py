@@ -2,8 +2,8 @@
 
     python -m benchmarks.outside_guide PULLED DATASET
 
-Reads the background of each pair from the dataset by its digest, not from the service, and compares it with the synthetic
-image at every pixel outside the recorded guide. Exits 1 where any differs.
+Reads the background of each pair from the dataset by its digest, not from the service, and compares it with the
+synthetic image at every pixel outside the recorded guide. Exits 1 where any differs.
 """
 
 from __future__ import annotations

@@ -13,21 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from meddiff import signatures
 from meddiff.science import encoders, geometry, quality
 from meddiff_services.pictures import Mask, Pixels
 from numpy.typing import NDArray
 from scipy import ndimage, stats
 from skimage.measure import label, regionprops
 
-from benchmarks.sources import Pulled, cases_by_digest
+from benchmarks.sources import Case, Pulled, cases_by_digest
 
 BAND_PX = 3
 SIGMA_PX = 2.0
 
 
 def colour_step(image: Pixels, guide: Mask) -> float:
-    """Mean over the rim of the difference, in grey levels, of the local means of a band inside and a band outside it."""
+    """Mean over the rim of the difference, in grey levels, between local means of a band inside and one outside."""
     values = image.astype(np.float32)
     inside, outside = _bands(guide)
     rim = inside & ndimage.binary_dilation(outside)
@@ -38,7 +37,7 @@ def colour_step(image: Pixels, guide: Mask) -> float:
 
 
 def gradient(image: Pixels, guide: Mask) -> float:
-    """Mean absolute difference, in grey levels, of neighbouring pixels of which one lies inside the guide, one outside."""
+    """Mean absolute difference, in grey levels, of neighbours of which one lies inside the guide, one outside."""
     values = image.astype(np.float32)
     steps = []
     for axis in (0, 1):
@@ -61,7 +60,7 @@ def _local_mean(values: NDArray[np.float32], band: Mask) -> NDArray[np.float32]:
 
 
 def shape_statistics(mask: Mask) -> tuple[float, float, float, float, int]:
-    """Relative area, centroid (row, column) as shares of the image, eccentricity of the largest component, components."""
+    """Area and centroid (row, column) as shares of the image, eccentricity of the largest component, components."""
     regions = regionprops(label(mask))
     largest = max(regions, key=lambda region: region.area)
     rows, columns = np.nonzero(mask)
@@ -109,7 +108,7 @@ def _highest_iou(shapes: list[Mask]) -> float:
     return float(iou.max())
 
 
-def _similarities(pulled: Pulled, real: list["Case"]) -> None:
+def _similarities(pulled: Pulled, real: list[Case]) -> None:
     manifest = pulled.manifest
     recipe = manifest.recipe.quality
     encoder = encoders.load_encoder(recipe.encoder, recipe.encoder_source, torch.device("cpu"))

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from meddiff.contracts.base import sha256_hex
 from meddiff.contracts.manifest import Manifest, Pair
-from meddiff.importing import cases_of, open_folder
+from meddiff.importing.pixels import decode_image, encode_png, merge
+from meddiff.importing.pixels import decode_mask as decode_foreign_mask
+from meddiff.importing.sources import Folder
+from meddiff.layouts import detect
 from meddiff_services.pictures import Mask, Pixels, decode_mask, decode_png
+
+
+@dataclass(frozen=True)
+class Case:
+    """A real image (H, W, C) and its mask (H, W), all false where it shows no lesion."""
+
+    image: Pixels
+    mask: Mask
+
+
+def cases_by_digest(folder: Path) -> dict[str, Case]:
+    """The dataset in ``folder`` by the digests that manifests name: SHA-256 of each image as the service stores it."""
+    source = Folder(folder, folder)
+    cases = {}
+    for raw in detect(source)[1].cases:
+        image = decode_image(source[raw.image]).pixels
+        masks = [decode_foreign_mask(source[name]) for name in raw.masks]
+        mask = merge(masks) if masks else np.zeros(image.shape[:2], np.bool_)
+        cases[sha256_hex(encode_png(image))] = Case(image, mask)
+    return cases
 
 
 @dataclass(frozen=True)

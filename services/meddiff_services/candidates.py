@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from meddiff.contracts.base import Contract, DatasetId, Sha256
+from meddiff.contracts.base import Contract, DatasetId
 from meddiff.contracts.dataset import Case
 from meddiff.contracts.manifest import Window
 from meddiff.importing import load_case

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from meddiff.contracts.dataset import Case
+from meddiff.contracts.jobs import GenerateSpec
+from meddiff.contracts.models import ModelCard
 from meddiff.importing import load_case, load_dataset, select_cases
+from meddiff.store.keys import ModelKeys
 
 from meddiff_services.pictures import Mask, Pixels
 from meddiff_services.worker import Work
@@ -34,8 +37,16 @@ def imported(work: Work) -> str:
 
 
 def training_cases(work: Work, dataset_id: str) -> tuple[Case, ...]:
-    """The pairs a fine-tune learns from: a function of dataset, ``max_pairs`` and ``split_seed``."""
-    request = work.spec.request
-    max_pairs = getattr(request, "max_pairs", None) or work.spec.recipe.max_pairs
+    """The pairs a fine-tune learns from: a function of dataset, ``max_pairs`` and ``split_seed``. A generate job finds
+    them in its model's card."""
     dataset = load_dataset(work.store, work.tenant, dataset_id)
-    return select_cases(dataset, max_pairs, getattr(request, "split_seed", 0))
+    spec = work.spec
+    if isinstance(spec, GenerateSpec):
+        by_digest = {case.image_sha256: case for case in dataset.pairs}
+        return tuple(by_digest[digest] for digest in model_card(work).cases)
+    return select_cases(dataset, spec.request.max_pairs or spec.recipe.max_pairs, spec.request.split_seed)
+
+
+def model_card(work: Work) -> ModelCard:
+    """Card of the model in use."""
+    return work.store.get_json(ModelKeys(work.tenant, work.spec.model_id).card, ModelCard)

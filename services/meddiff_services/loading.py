@@ -1,4 +1,4 @@
-"""What a worker loads: foundations, fine-tuned models and encoders, once a process, and the fingerprint they run under."""
+"""What a worker loads, once a process: foundations, fine-tuned models, encoders; and the fingerprint it runs under."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def fetch_folder(store: ObjectStore, prefix: str, folder: Path, last: str) -> Pa
         for name in sorted(names, key=lambda n: n == last):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            store.download_file(prefix + name, target)
+            store.download(prefix + name, target)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""PNG bytes and the pictures people look at: overlays, grids, contact sheets."""
+"""Reading stored PNGs, and the pictures people look at: overlays, grids, contact sheets."""
 
 from __future__ import annotations
 
@@ -14,17 +14,6 @@ Mask = NDArray[np.bool_]
 
 _BACK = (245, 245, 245)
 _OUTLINE = (255, 210, 0)
-
-
-def encode_png(pixels: Pixels | Mask) -> bytes:
-    """PNG of an image (H, W, 1 or 3) or a mask (H, W), without metadata: equal pixels give equal bytes."""
-    if pixels.dtype == np.bool_:
-        pixels = pixels.astype(np.uint8) * 255
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=6)
-    return buffer.getvalue()
 
 
 def decode_png(data: bytes) -> Pixels:

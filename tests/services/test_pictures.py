@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import numpy as np
-from meddiff_services.pictures import decode_mask, decode_png, encode_png, overlay, sheet
+from meddiff.importing.pixels import encode_mask, encode_png
+from meddiff_services.pictures import decode_mask, decode_png, overlay, sheet
 
 
 def test_png_keeps_every_pixel_and_equal_pixels_give_equal_bytes() -> None:
@@ -11,7 +12,7 @@ def test_png_keeps_every_pixel_and_equal_pixels_give_equal_bytes() -> None:
         assert np.array_equal(decode_png(encode_png(image)), image)
         assert encode_png(image) == encode_png(image.copy())
     mask = rng.random((9, 7)) > 0.5
-    assert np.array_equal(decode_mask(encode_png(mask)), mask)
+    assert np.array_equal(decode_mask(encode_mask(mask)), mask)
 
 
 def test_overlay_draws_the_outline_alone() -> None:

@@ -11,16 +11,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from kombu.exceptions import OperationalError
-from minio.error import MinioException
+from meddiff.contracts.problems import STATUS, TITLE, Fault, Problem, ProblemError, ProblemSlug, problem
+from meddiff.store.objects import StoreUnavailable
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
-from urllib3.exceptions import HTTPError
-
-from meddiff.contracts.problems import STATUS, TITLE, Fault, Problem, ProblemError, ProblemSlug, problem
 
 MEDIA_TYPE = "application/problem+json"
-UNREACHABLE = (RedisError, HTTPError, MinioException, OperationalError)
-"""What redis-py, minio-py and Celery raise when their server does not answer."""
+UNREACHABLE = (StoreUnavailable, RedisError, OperationalError)
+"""What the object store, redis-py and Celery raise when their server does not answer."""
 
 _RETRY_AFTER_SECONDS = "5"
 _SLUG_OF_STATUS: dict[int, ProblemSlug] = {400: "invalid-request", 404: "not-found", 413: "too-large"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from meddiff.contracts.tasks import Stage
 from meddiff.importing import load_case
+from meddiff.importing.pixels import encode_png
 from meddiff.science import inpainting
 from meddiff.science.foundation import Foundation
 from meddiff.science.training import TrainingState
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from meddiff_services.candidates import Candidate, background_image, drawn
 from meddiff_services.cases import imported, load, training_cases
 from meddiff_services.loading import fetch_folder, load_foundation, load_model
-from meddiff_services.pictures import decode_mask, encode_png
+from meddiff_services.pictures import decode_mask
 from meddiff_services.worker import Outcome, Work
 
 
@@ -79,7 +80,7 @@ def _averaged(work: Work) -> dict[str, torch.Tensor]:
     part = "repair" if finetuning.separate_repair else "inpainter"
     path = work.scratch / f"{part}.{finetuning.steps:08d}.safetensors"
     if not path.exists():
-        work.store.download_file(work.keys.checkpoint(part, finetuning.steps, "state.safetensors"), path)
+        work.store.download(work.keys.checkpoint(part, finetuning.steps, "state.safetensors"), path)
     return TrainingState.from_tensors(load_file(path)).ema
 
 

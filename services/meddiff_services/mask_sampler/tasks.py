@@ -10,6 +10,7 @@ import torch
 from meddiff.contracts.dataset import Case
 from meddiff.contracts.tasks import Stage
 from meddiff.importing import load_dataset
+from meddiff.importing.pixels import encode_mask
 from meddiff.science import geometry, mask_generator
 from meddiff.seeds import derive
 from meddiff.store.keys import ModelKeys
@@ -17,7 +18,7 @@ from meddiff.store.keys import ModelKeys
 from meddiff_services.candidates import Candidate, shard_indices
 from meddiff_services.cases import Loaded, load, training_cases
 from meddiff_services.loading import fetch_folder
-from meddiff_services.pictures import Mask, encode_png
+from meddiff_services.pictures import Mask
 from meddiff_services.worker import Outcome, Work
 
 COVERING = 5
@@ -48,8 +49,8 @@ def masks(work: Work) -> Outcome:
         ground = choose_ground(low, grounds, derive(seed, "background"))
         shape = mask_generator.place(low, (ground.case.height, ground.case.width))
         guide = geometry.guide_of(shape, recipe.inpainting.guide_margin, ground.lesion if ground.lesion.any() else None)
-        work.store.put(work.keys.candidate(index, "shape"), encode_png(shape), "image/png")
-        work.store.put(work.keys.candidate(index, "guide"), encode_png(guide), "image/png")
+        work.store.put(work.keys.candidate(index, "shape"), encode_mask(shape), "image/png")
+        work.store.put(work.keys.candidate(index, "guide"), encode_mask(guide), "image/png")
         candidates.append(
             Candidate(
                 index=index,

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import numpy as np
 import torch
 from meddiff import __version__, signatures
-from meddiff.contracts.base import sha256_hex
+from meddiff.contracts.base import Contract, sha256_hex
 from meddiff.contracts.dataset import Case
 from meddiff.contracts.manifest import (
     Background,
@@ -19,18 +19,19 @@ from meddiff.contracts.manifest import (
     Picture,
     Reason,
     Rejected,
+    Scores,
 )
-from meddiff.contracts.models import ModelCard
 from meddiff.contracts.tasks import Stage
 from meddiff.importing import import_dataset, load_dataset, open_source, select_cases
+from meddiff.importing.pixels import encode_mask
 from meddiff.planning import selection
 from meddiff.science import erosion, quality
 from meddiff.store.keys import ModelKeys
 
 from meddiff_services.candidates import Candidate, background_image, drawn
-from meddiff_services.cases import imported, load, training_cases
+from meddiff_services.cases import imported, load, model_card, training_cases
 from meddiff_services.loading import fingerprint, load_encoder
-from meddiff_services.pictures import Mask, Pixels, decode_mask, decode_png, encode_png, overlay, sheet
+from meddiff_services.pictures import Mask, Pixels, decode_mask, decode_png, overlay, sheet
 from meddiff_services.worker import Outcome, Work
 
 SHEET_PAIRS = 100
@@ -82,30 +83,36 @@ def score(work: Work) -> Outcome:
     recipe = work.spec.recipe
     torch.set_num_threads(recipe.work.inference_threads)
     encoder = load_encoder(recipe.quality, work.settings, work.store)
-    reference = quality.Reference.from_bytes(
-        work.store.get(ModelKeys(work.tenant, work.spec.model_id).reference)
-    )
+    reference = quality.Reference.from_bytes(work.store.get(ModelKeys(work.tenant, work.spec.model_id).reference))
     entries = []
     for candidate in drawn(work):
         entries.append(_judged(work, candidate, encoder, reference))
         work.progress(len(entries), recipe.work.shard_size, "candidates")
-    return Outcome(units=len(entries), output={"candidates": entries})
+    return Outcome(units=len(entries), output={"candidates": [entry.model_dump(mode="json") for entry in entries]})
 
 
-def _judged(
-    work: Work, candidate: Candidate, encoder: quality.Encoder, reference: quality.Reference
-) -> selection.Entry:
-    """One candidate's entry in the marker: why it was turned away, or the pair as the manifest will list it."""
+class Entry(Contract):
+    """A candidate in a ``quality`` marker. ``reason`` and ``signature`` are what selection reads; ``pair``, what the
+    manifest lists if the candidate is selected."""
+
+    index: int
+    reason: Reason | None
+    signature: str
+    scores: Scores | None
+    pair: Pair | None = None
+
+
+def _judged(work: Work, candidate: Candidate, encoder: quality.Encoder, reference: quality.Reference) -> Entry:
+    """The verdict on one candidate, and its label if it is good."""
     recipe = work.spec.recipe
     data = {what: work.store.get(work.keys.candidate(candidate.index, what)) for what in ("image", "shape", "guide")}
     image, shape, guide = decode_png(data["image"]), decode_mask(data["shape"]), decode_mask(data["guide"])
     reason, scores = quality.judge(reference, encoder, image, shape, recipe.quality)
     signature = signatures.of(shape)
     if reason is not None:
-        rejected = Rejected(index=candidate.index, reason=reason, scores=scores)
-        return selection.Entry(index=candidate.index, reason=reason, signature=signature, rejected=rejected)
+        return Entry(index=candidate.index, reason=reason, signature=signature, scores=scores)
     label, eroded_px = erosion.erode(shape, recipe.erosion.share)
-    data["label"] = encode_png(label)
+    data["label"] = encode_mask(label)
     work.store.put(work.keys.candidate(candidate.index, "label"), data["label"], "image/png")
     pictures = {what: _picture(work, candidate.index, what, png, shape) for what, png in data.items()}
     pair = Pair(
@@ -120,7 +127,7 @@ def _judged(
         scores=scores,
         outside_guide_max_diff=max_difference(image, background_image(work, candidate), ~guide),
     )
-    return selection.Entry(index=candidate.index, reason=None, signature=signature, pair=pair)
+    return Entry(index=candidate.index, reason=None, signature=signature, scores=scores, pair=pair)
 
 
 def _picture(work: Work, index: int, what: str, png: bytes, shape: Mask) -> Picture:
@@ -142,15 +149,14 @@ def max_difference(one: Pixels, other: Pixels, where: Mask) -> int:
 def manifest(work: Work) -> Outcome:
     """The manifest of the first N accepted pairs in index order, and the sheet to look at; the surplus is swept."""
     request = work.spec.request
-    entries = [
-        selection.Entry.model_validate(entry)
-        for marker in work.markers("quality")
-        for entry in marker.output["candidates"]
-    ]
-    chosen = selection.select(entries, request.count, work.spec.recipe.quality.max_shape_iou)
-    card = ModelCard.model_validate_json(work.store.get(ModelKeys(work.tenant, work.spec.model_id).card))
-    pairs = tuple(entry.pair for entry in chosen.accepted if entry.pair is not None)
-    rejected = tuple(_rejected(entry, reason) for entry, reason in chosen.rejected)
+    shards = [marker.output["candidates"] for marker in work.markers("quality")]
+    tally = selection.fold(selection.Tally(), shards, work.spec)
+    entries = {raw["index"]: Entry.model_validate(raw) for shard in shards for raw in shard}
+    card = model_card(work)
+    pairs = tuple(pair for index in tally.accepted if (pair := entries[index].pair) is not None)
+    rejected = tuple(
+        Rejected(index=index, reason=reason, scores=entries[index].scores) for index, reason in tally.rejected
+    )
     manifest = Manifest(
         job_id=work.spec.id,
         model_id=work.spec.model_id,
@@ -167,23 +173,18 @@ def manifest(work: Work) -> Outcome:
         release_class="internal",
         counts=Counts(
             requested=request.count,
-            generated=len(pairs) + len(rejected),
+            generated=tally.judged,
             accepted=len(pairs),
-            rejected=chosen.by_reason(),
+            rejected=tally.reasons,
         ),
         pairs=pairs,
         rejected=rejected,
-        next_start_index=chosen.next_index,
+        next_start_index=selection.next_start_index(tally, work.spec),
     )
     _sweep(work, {picture.key for pair in pairs for picture in (pair.image, pair.label, pair.shape, pair.guide)})
     work.store.put(work.keys.contact_sheet, _contact_sheet(work, pairs[:SHEET_PAIRS]), "image/png")
     work.store.put(work.keys.manifest, manifest.model_dump_json(indent=1).encode(), "application/json")
-    return Outcome(units=len(pairs), output={"accepted": len(pairs), "next_start_index": chosen.next_index})
-
-
-def _rejected(entry: selection.Entry, reason: Reason) -> Rejected:
-    scores = entry.pair.scores if entry.pair is not None else entry.rejected.scores if entry.rejected else None
-    return Rejected(index=entry.index, reason=reason, scores=scores)
+    return Outcome(units=len(pairs), output={"accepted": len(pairs)})
 
 
 def _sweep(work: Work, kept: set[str]) -> None:

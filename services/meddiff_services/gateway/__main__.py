@@ -1,0 +1,38 @@
+"""``python -m meddiff_services.gateway``: the HTTP service, on loopback until there are keys."""
+
+from __future__ import annotations
+
+import ipaddress
+import sys
+
+import uvicorn
+from meddiff.settings import Settings
+
+from meddiff_services.gateway.app import create_app
+
+LEAVE_SECONDS = 10
+
+
+def main() -> None:
+    """Serves until SIGTERM. Exits with 2 where ``MEDDIFF_HOST`` is not a loopback address."""
+    settings = Settings()
+    if not _is_loopback(settings.host):
+        sys.exit("MEDDIFF_HOST must be a loopback address: requests carry no key yet, so nobody else may reach this")
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        access_log=False,
+        timeout_graceful_shutdown=LEAVE_SECONDS,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Accepting a job: every name resolved, every fault named, and the job written where the planner finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from meddiff.contracts.base import JobId, Sha256, Stored, canonical_json, sha256_hex
+from meddiff.contracts.jobs import FinetuneSpec, GenerateSpec, Spec
+from meddiff.contracts.problems import Fault, ProblemError
+from meddiff.contracts.recipes import CPU, Recipe, override
+from meddiff.contracts.requests import FinetuneRequest, GenerateRequest
+from meddiff.importing import check_uri, is_dataset_id
+from meddiff.planning.observe import read_spec
+from meddiff.store.keys import DatasetKeys, JobKeys, active, idempotency, newest
+from meddiff.store.objects import NotFound
+from pydantic import ValidationError
+
+from meddiff_services.gateway.backends import Backends
+from meddiff_services.gateway.ids import created_at, model_id_of, uuid7
+from meddiff_services.gateway.models import find_model
+from meddiff_services.gateway.problems import faults_of
+
+CHANGEABLE = frozenset({"inpainting", "quality", "erosion", "work"})
+"""The parts of a model's recipe that a generate request may change."""
+
+R = TypeVar("R", FinetuneRequest, GenerateRequest)
+
+
+class Accepted(Stored):
+    """The idempotency record: which job a key stands for, and of which request."""
+
+    job_id: JobId
+    request_sha256: Sha256
+
+
+def accept(here: Backends, request: R, resolve: Callable[[Backends, R, JobId], Spec], key: str | None) -> Spec:
+    """The spec of the job that ``resolve`` makes of the request, written and active.
+
+    The same ``key`` again gives the first job again, also where the first call was cut off halfway. Raises
+    ``ProblemError`` for whatever is wrong with the request, which then uses up no key, and for a key that came with
+    another request.
+    """
+    job_id = uuid7()
+    if key is None:
+        return _write(here, resolve(here, request, job_id))
+    digest = sha256_hex(canonical_json(request))
+    place = idempotency(sha256_hex(canonical_json([here.tenant, type(request).__name__, key])))
+    first = _first(here, place)
+    if first is None:
+        spec = resolve(here, request, job_id)
+        if here.store.create_json(place, Accepted(job_id=job_id, request_sha256=digest)):
+            return _write(here, spec)
+        first = here.store.get_json(place, Accepted)
+    if first.request_sha256 != digest:
+        fault = Fault(pointer="?Idempotency-Key", detail="the key was used for another request")
+        raise ProblemError("invalid-request", "An idempotency key stands for one request", [fault])
+    try:
+        spec = read_spec(here.store, here.tenant, first.job_id)
+    except NotFound:
+        spec = resolve(here, request, first.job_id)
+    return _write(here, spec)
+
+
+def finetune_spec(here: Backends, request: FinetuneRequest, job_id: JobId) -> FinetuneSpec:
+    """Raises ``ProblemError`` where the dataset is not there or may not be read."""
+    if is_dataset_id(request.dataset_uri):
+        _raise_if_any(_missing_dataset(here, "dataset_uri", request.dataset_uri))
+    else:
+        check_uri(request.dataset_uri, here.settings)
+    return FinetuneSpec(
+        tenant=here.tenant,
+        id=job_id,
+        created_at=created_at(job_id),
+        request=request,
+        recipe=request.recipe.resolve(),
+        model_id=model_id_of(job_id),
+    )
+
+
+def generate_spec(here: Backends, request: GenerateRequest, job_id: JobId) -> GenerateSpec:
+    """Raises ``ProblemError`` with every fault: no such model or dataset, values that the recipe cannot take."""
+    card = find_model(here, request.model)
+    faults = [
+        *_missing_dataset(here, "masks", request.masks),
+        *_missing_dataset(here, "backgrounds", request.backgrounds),
+        *_recipe_faults(card.recipe if card is not None else CPU, request.recipe),
+    ]
+    if card is None:
+        faults.insert(0, Fault(pointer="/model", detail="there is no model of that id or name"))
+    _raise_if_any(faults)
+    assert card is not None
+    return GenerateSpec(
+        tenant=here.tenant,
+        id=job_id,
+        created_at=created_at(job_id),
+        request=request,
+        recipe=override(card.recipe, request.recipe),
+        model_id=card.id,
+        dataset_id=card.dataset_id,
+    )
+
+
+def _write(here: Backends, spec: Spec) -> Spec:
+    """The job exists from its spec on. It is listed before that and active after, for a sweep drops what has no spec;
+    writing it again changes nothing."""
+    here.store.put(newest(spec.tenant, spec.id), b"")
+    here.store.put_json(JobKeys(spec.tenant, spec.id).spec, spec)
+    here.store.put(active(spec.tenant, spec.id), b"")
+    return spec
+
+
+def _first(here: Backends, place: str) -> Accepted | None:
+    try:
+        return here.store.get_json(place, Accepted)
+    except NotFound:
+        return None
+
+
+def _missing_dataset(here: Backends, field: str, dataset_id: str | None) -> list[Fault]:
+    try:
+        there = dataset_id is None or here.store.exists(DatasetKeys(here.tenant, dataset_id).dataset)
+    except ValueError:
+        there = False
+    return [] if there else [Fault(pointer=f"/{field}", detail="there is no dataset of that id")]
+
+
+def _recipe_faults(recipe: Recipe, changes: dict[str, Any]) -> list[Fault]:
+    fixed = f"a model's recipe can be changed in {', '.join(sorted(CHANGEABLE))} only"
+    faults = [Fault(pointer=f"/recipe/{part}", detail=fixed) for part in changes if part not in CHANGEABLE]
+    try:
+        override(recipe, {part: value for part, value in changes.items() if part in CHANGEABLE})
+    except ValidationError as error:
+        faults += faults_of(error.errors(), ("body", "recipe"))
+    return faults
+
+
+def _raise_if_any(faults: list[Fault]) -> None:
+    if faults:
+        raise ProblemError("invalid-request", f"{len(faults)} fault(s) in the request", faults)

@@ -1,0 +1,53 @@
+"""What every route works on: the settings, the object store and Redis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+from meddiff.planning.dispatch import Send
+from meddiff.planning.leases import Leases
+from meddiff.planning.queues import Sender, celery_app
+from meddiff.settings import Settings
+from meddiff.store.objects import ObjectStore
+from meddiff.store.retry import RetryPolicy
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+
+@dataclass(frozen=True)
+class Backends:
+    """``store`` and ``leases`` give up early: a caller can ask again, and a job that was accepted is planned by the
+    sweep."""
+
+    settings: Settings
+    store: ObjectStore
+    leases: Leases
+    send: Send
+
+    @classmethod
+    def connect(cls, settings: Settings) -> Backends:
+        redis = Redis.from_url(
+            settings.redis_url, retry=Retry(NoBackoff(), 1), socket_timeout=3, socket_connect_timeout=1
+        )
+        return cls(
+            settings,
+            ObjectStore(settings, RetryPolicy(deadline=3.0)),
+            Leases(redis, settings.lease_seconds),
+            Sender(celery_app(settings)),
+        )
+
+    @property
+    def tenant(self) -> str:
+        return self.settings.tenant
+
+
+def _backends(request: Request) -> Backends:
+    found: Backends = request.app.state.backends
+    return found
+
+
+Here = Annotated[Backends, Depends(_backends)]
+"""A route's parameter: the backends of the application it belongs to."""

@@ -1,0 +1,86 @@
+"""How large a request's body may be, and an uploaded archive on its way to a temporary file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from meddiff.contracts.requests import DatasetReference
+from pydantic import ValidationError
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MAX_JSON_BYTES = 2**20
+ZIP = "application/zip"
+
+
+class BoundedBodies:
+    """ASGI middleware: 413 for a zip archive above ``max_upload_bytes`` and for any other body above 1 MiB, however
+    its length is declared."""
+
+    def __init__(self, app: ASGIApp, max_upload_bytes: int) -> None:
+        self._app, self._max_upload_bytes = app, max_upload_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        bound = self._max_upload_bytes if _media_type(headers) == ZIP else MAX_JSON_BYTES
+        declared = headers.get("content-length", "0")
+        received = int(declared) if declared.isdecimal() and int(declared) > bound else 0
+
+        async def bounded() -> Message:
+            nonlocal received
+            if received <= bound:
+                message = await receive()
+                received += len(message.get("body", b""))
+                if received <= bound:
+                    return message
+            raise HTTPException(413, f"the body is larger than {bound} bytes")
+
+        await self._app(scope, bounded, send)
+
+
+async def dataset_source(request: Request) -> AsyncIterator[str | Path]:
+    """The dataset a request names or carries: the ``dataset_uri`` of a JSON body, or a temporary zip archive that is
+    gone after the answer."""
+    if _media_type(request.headers) != ZIP:
+        yield _reference(await request.body()).dataset_uri
+        return
+    with tempfile.NamedTemporaryFile(suffix=".zip") as archive:
+        async for chunk in request.stream():
+            await run_in_threadpool(archive.write, chunk)
+        archive.flush()
+        yield Path(archive.name)
+
+
+SOURCE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            ZIP: {"schema": {"type": "string", "format": "binary"}},
+            "application/json": {
+                "schema": DatasetReference.model_json_schema(),
+                "examples": {"s3": {"value": {"dataset_uri": "s3://hospital/skin/pairs.zip"}}},
+            },
+        },
+    }
+}
+"""OpenAPI of the body that ``dataset_source`` reads."""
+
+
+def _reference(body: bytes) -> DatasetReference:
+    try:
+        return DatasetReference.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]) from error
+
+
+def _media_type(headers: Headers) -> str:
+    return headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -1,0 +1,79 @@
+"""``/datasets``: judged and imported at once, every fault in one answer."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Response
+from meddiff.contracts.dataset import Dataset, DatasetList, DatasetSummary, ValidationReport
+from meddiff.contracts.problems import Fault, ProblemError, problem
+from meddiff.importing import (
+    Source,
+    import_dataset,
+    is_dataset_id,
+    load_dataset,
+    open_archive,
+    open_source,
+    validate,
+)
+from meddiff.store.keys import tenant_root
+
+from meddiff_services.gateway.backends import Backends, Here
+from meddiff_services.gateway.bodies import SOURCE_BODY, dataset_source
+from meddiff_services.gateway.problems import documented
+
+router = APIRouter(prefix="/datasets", tags=["datasets"])
+
+Origin = Annotated[str | Path, Depends(dataset_source)]
+INVALID = problem("invalid-dataset", "").type
+_REFUSALS = documented("invalid-dataset", "invalid-request", "source-refused", "source-unreachable", "too-large")
+
+
+@router.post("", status_code=201, responses=_REFUSALS, openapi_extra=SOURCE_BODY)
+def create_dataset(origin: Origin, here: Here, response: Response) -> DatasetSummary:
+    """Import a zip archive, or what a URI names. The same data again is the same dataset."""
+    with _opened(origin, here) as source:
+        dataset = import_dataset(source, here.store, here.tenant, lambda done, total: None)
+    response.headers["Location"] = f"/datasets/{dataset.id}"
+    return dataset.summary()
+
+
+@router.post("/validate", responses=_REFUSALS, openapi_extra=SOURCE_BODY)
+def validate_dataset(origin: Origin, here: Here) -> ValidationReport:
+    """Judge a zip archive, or what a URI names, without keeping anything: every fault of every file."""
+    if isinstance(origin, str) and is_dataset_id(origin):
+        held = load_dataset(here.store, here.tenant, origin).summary()
+        return ValidationReport(valid=True, dataset_id=held.id, **held.model_dump(exclude={"id"}))
+    try:
+        with _opened(origin, here) as source:
+            return validate(source)
+    except ProblemError as error:
+        if error.problem.type != INVALID:
+            raise
+        errors = error.problem.errors or (Fault(pointer="/", detail=error.problem.detail),)
+        return ValidationReport(valid=False, layout=None, pairs=0, backgrounds=0, unlabelled=0, errors=errors)
+
+
+@router.get("")
+def list_datasets(here: Here) -> DatasetList:
+    """Every dataset, in order of id."""
+    summaries = []
+    for dataset_id in here.store.children(tenant_root(here.tenant, "datasets")):
+        try:
+            summaries.append(load_dataset(here.store, here.tenant, dataset_id).summary())
+        except ProblemError:
+            continue
+    return DatasetList(datasets=tuple(summaries))
+
+
+@router.get("/{dataset_id}", responses=documented("not-found"))
+def get_dataset(dataset_id: str, here: Here) -> Dataset:
+    """A dataset with every case."""
+    return load_dataset(here.store, here.tenant, dataset_id)
+
+
+def _opened(origin: str | Path, here: Backends) -> AbstractContextManager[Source]:
+    """What the URI names, or the uploaded archive."""
+    return open_source(origin, here.settings, here.store) if isinstance(origin, str) else open_archive(origin)

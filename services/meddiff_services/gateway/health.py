@@ -1,0 +1,37 @@
+"""``/healthz``, ``/readyz`` and ``/metrics``."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from meddiff.contracts.base import Contract
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from meddiff_services.gateway.backends import Here
+
+router = APIRouter(tags=["health"])
+
+
+class Health(Contract):
+    """``status`` is ``ok``; anything else is a problem."""
+
+    status: str = "ok"
+
+
+@router.get("/healthz")
+def get_health() -> Health:
+    """The process answers."""
+    return Health()
+
+
+@router.get("/readyz")
+def get_readiness(here: Here) -> Health:
+    """Redis and the object store answer, so jobs can be accepted; else 503."""
+    here.leases.client.ping()
+    here.store.ping()
+    return Health()
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE_LATEST: {}}}})
+def get_metrics(request: Request) -> Response:
+    """Prometheus's text format."""
+    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,193 @@
+"""``/finetune``, ``/generate`` and ``/jobs``: accepting jobs, telling where they stand, stopping them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import re
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import structlog
+from fastapi import APIRouter, Body, Header, Query, Response
+from fastapi.concurrency import run_in_threadpool
+from meddiff.contracts.base import canonical_json, sha256_hex
+from meddiff.contracts.jobs import ENDED, Job, JobList, Kind, Spec, Status
+from meddiff.contracts.problems import Fault, ProblemError
+from meddiff.contracts.requests import FinetuneRequest, GenerateRequest
+from meddiff.planning.dispatch import advance
+from meddiff.planning.observe import read_spec
+from meddiff.planning.progress import snapshot
+from meddiff.store.keys import JobKeys, job_of_newest, newest, newest_root
+from meddiff.store.objects import NotFound
+
+from meddiff_services.gateway.acceptance import accept, finetune_spec, generate_spec
+from meddiff_services.gateway.backends import Backends, Here
+from meddiff_services.gateway.problems import UNREACHABLE, documented
+
+router = APIRouter(tags=["jobs"])
+log = structlog.get_logger()
+
+POLL_SECONDS = 0.5
+RETRY_AFTER = {"Retry-After": "2"}
+
+_JOB_ID = re.compile(r"^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$")
+_HEADERS = {
+    name: {"schema": {"type": "string"}, "description": text}
+    for name, text in {"Location": "The job's address", "Retry-After": "Seconds until it is worth asking again"}.items()
+}
+_ACCEPTED: dict[int | str, dict[str, Any]] = {202: {"description": "The job", "headers": _HEADERS}}
+_KEY = Header(
+    max_length=255, description="The same key with the same request gives the first job again; with another one, 422"
+)
+FINETUNE_EXAMPLES: dict[str, Any] = {
+    "bucket": {"value": {"dataset_uri": "s3://hospital/skin/pairs.zip", "name": "skin", "recipe": {"name": "gpu"}}},
+    "quick": {
+        "value": {
+            "dataset_uri": "ds_0123456789abcdef0123456789abcdef",
+            "max_pairs": 30,
+            "recipe": {"name": "cpu", "override": {"finetuning": {"steps": 120}}},
+        }
+    },
+}
+GENERATE_EXAMPLES: dict[str, Any] = {
+    "by name": {"value": {"model": "skin", "count": 64, "seed": 7}},
+    "go on": {"value": {"model": "skin", "count": 64, "seed": 7, "start_index": 128}},
+}
+IdempotencyKey = Annotated[str | None, _KEY]
+
+
+@router.post("/finetune", status_code=202, responses={**_ACCEPTED, **documented("source-refused")})
+def finetune(
+    request: Annotated[FinetuneRequest, Body(openapi_examples=FINETUNE_EXAMPLES)],
+    here: Here,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+) -> Job:
+    """Make a model from a dataset. Body, URI and rights are judged at once, the dataset's content by the job."""
+    return _accepted(here, accept(here, request, finetune_spec, idempotency_key), response)
+
+
+@router.post("/generate", status_code=202, responses=_ACCEPTED)
+def generate(
+    request: Annotated[GenerateRequest, Body(openapi_examples=GENERATE_EXAMPLES)],
+    here: Here,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+) -> Job:
+    """Make ``count`` accepted pairs with a model."""
+    return _accepted(here, accept(here, request, generate_spec, idempotency_key), response)
+
+
+@router.get("/jobs")
+def list_jobs(
+    here: Here,
+    kind: Annotated[Kind | None, Query(description="Only of this kind")] = None,
+    status: Annotated[Status | None, Query(description="Only of this status")] = None,
+    cursor: Annotated[str | None, Query(description="``next`` of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> JobList:
+    """Jobs, newest first."""
+    matching = (job for job in _newest(here, kind, _after(here, cursor)) if status in (None, job.status))
+    page = list(itertools.islice(matching, limit + 1))
+    more = len(page) > limit
+    return JobList(jobs=tuple(page[:limit]), next=_cursor(page[limit - 1]) if more else None)
+
+
+@router.get("/jobs/{job_id}", responses={304: {"description": "Unchanged"}, **documented("not-found")})
+async def get_job(
+    job_id: str,
+    here: Here,
+    response: Response,
+    if_none_match: Annotated[str | None, Header(description="The ``ETag`` of an earlier answer")] = None,
+    wait: Annotated[float, Query(ge=0, le=60, description="Seconds to wait for a change")] = 0,
+) -> Any:
+    """Where the job stands. With ``wait`` the answer comes once the job differs from ``If-None-Match`` (or, without it,
+    from what it is now), has ended, or the time is over."""
+    deadline = time.monotonic() + wait
+    known = if_none_match
+    while True:
+        job = await run_in_threadpool(lambda: _job(here, find_spec(here, job_id)))
+        tag = _tag(job)
+        known = known or tag
+        if tag != known or job.status in ENDED or time.monotonic() >= deadline:
+            break
+        await asyncio.sleep(POLL_SECONDS)
+    response.headers["ETag"] = tag
+    if job.status not in ENDED:
+        response.headers.update(RETRY_AFTER)
+    if tag == if_none_match:
+        return Response(status_code=304, headers=dict(response.headers))
+    return job
+
+
+@router.post("/jobs/{job_id}/cancel", status_code=202, responses={**_ACCEPTED, **documented("not-found")})
+def cancel_job(job_id: str, here: Here, response: Response) -> Job:
+    """Ask a job to stop: ``cancelling`` until every worker has let go. A job that has ended stays as it is."""
+    spec = find_spec(here, job_id)
+    if not here.store.exists(JobKeys(spec.tenant, spec.id).end):
+        here.store.put(JobKeys(spec.tenant, spec.id).cancel, b"{}", "application/json")
+    return _accepted(here, spec, response)
+
+
+def find_spec(here: Backends, job_id: str) -> Spec:
+    """What was asked. Raises ``ProblemError`` ``not-found``."""
+    try:
+        if _JOB_ID.match(job_id):
+            return read_spec(here.store, here.tenant, job_id)
+    except NotFound:
+        pass
+    raise ProblemError("not-found", "There is no job of that id")
+
+
+def _accepted(here: Backends, spec: Spec, response: Response) -> Job:
+    """The job as it stands after a first step. Where that step fails the sweep will take it: the job exists."""
+    try:
+        advance(here.store, here.leases, here.send, spec.tenant, spec.id)
+    except UNREACHABLE as error:
+        log.warning("job left to the sweep", tenant=spec.tenant, job=spec.id, error=type(error).__name__)
+    response.headers.update({"Location": f"/jobs/{spec.id}", **RETRY_AFTER})
+    return _job(here, spec)
+
+
+def _job(here: Backends, spec: Spec) -> Job:
+    job = snapshot(here.store, here.leases, spec)
+    own = f"/jobs/{spec.id}"
+    links = {"self": own, "cancel": f"{own}/cancel"}
+    if spec.kind == "finetune":
+        links |= {"previews": f"{own}/previews", "model": f"/models/{spec.model_id}"}
+    else:
+        links |= {"manifest": f"{own}/manifest", "contact_sheet": f"{own}/contact_sheet"}
+    return job.model_copy(update={"links": links})
+
+
+def _tag(job: Job) -> str:
+    """Changes with everything but the estimate."""
+    return f'W/"{sha256_hex(canonical_json(job.model_copy(update={"eta_seconds": None})))[:32]}"'
+
+
+def _newest(here: Backends, kind: Kind | None, start_after: str | None) -> Iterator[Job]:
+    for key in here.store.list(newest_root(here.tenant), start_after):
+        try:
+            spec = read_spec(here.store, here.tenant, job_of_newest(key))
+        except NotFound:
+            continue
+        if kind in (None, spec.kind):
+            yield _job(here, spec)
+
+
+def _cursor(job: Job) -> str:
+    """Opaque to the caller: the id of the last job shown."""
+    return base64.urlsafe_b64encode(job.id.encode()).decode()
+
+
+def _after(here: Backends, cursor: str | None) -> str | None:
+    if cursor is None:
+        return None
+    try:
+        return newest(here.tenant, base64.urlsafe_b64decode(cursor).decode())
+    except ValueError:
+        fault = Fault(pointer="?cursor", detail="not a cursor of this service")
+        raise ProblemError("invalid-request", "1 fault(s) in the request", [fault]) from None

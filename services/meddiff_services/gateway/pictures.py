@@ -1,0 +1,116 @@
+"""``/jobs/{id}/…``: what a job left behind. Links never expire; a picture is sent, or redirected to where the store
+serves it, if it has a public address."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Path, Response
+from fastapi.responses import RedirectResponse
+from meddiff.contracts.base import sha256_hex
+from meddiff.contracts.dataset import Dataset
+from meddiff.contracts.jobs import GenerateSpec, Preview, PreviewList
+from meddiff.contracts.manifest import Manifest, Pair
+from meddiff.contracts.problems import ProblemError
+from meddiff.store.keys import DatasetKeys, JobKeys, ModelKeys
+from meddiff.store.objects import NotFound, ObjectStore
+
+from meddiff_services.gateway.backends import Backends, Here
+from meddiff_services.gateway.jobs import find_spec
+from meddiff_services.gateway.problems import documented
+
+router = APIRouter(tags=["results"])
+
+PNG = "image/png"
+_PICTURE: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {
+        200: {"content": {PNG: {}}, "description": "The PNG"},
+        307: {"description": "Where the store serves it"},
+        **documented("not-found", "not-ready"),
+    },
+}
+
+
+@router.get("/jobs/{job_id}/manifest", responses=documented("not-found", "not-ready"))
+def get_manifest(job_id: str, here: Here) -> Manifest:
+    """Every synthetic pair of a generate job, where it came from, and what was turned away."""
+    return _manifest(here, job_id)
+
+
+@router.get("/jobs/{job_id}/contact_sheet", **_PICTURE)
+def get_contact_sheet(job_id: str, here: Here) -> Response:
+    """Image, guide, label and overlay of the first pairs, and beside each the nearest real image."""
+    _manifest(here, job_id)
+    return _picture(here, JobKeys(here.tenant, job_id).contact_sheet)
+
+
+@router.get("/jobs/{job_id}/pairs/{index}/background", **_PICTURE)
+def get_background(job_id: str, index: int, here: Here) -> Response:
+    """The picture behind a pair, found by the digest that the manifest names."""
+    pair = _pair(here, job_id, index)
+    spec = find_spec(here, job_id)
+    assert isinstance(spec, GenerateSpec)
+    dataset_id = spec.request.backgrounds or spec.dataset_id
+    dataset = here.store.get_json(DatasetKeys(here.tenant, dataset_id).dataset, Dataset)
+    case = next((case for case in dataset.cases if case.image_sha256 == pair.background.sha256), None)
+    if case is None:
+        raise ProblemError("not-found", "The background's case is no longer there")
+    if pair.background.repaired:
+        return _picture(here, ModelKeys(here.tenant, spec.model_id).background(case.id))
+    return _picture(here, DatasetKeys(here.tenant, dataset_id).image(case.id))
+
+
+@router.get("/jobs/{job_id}/pairs/{index}/{what}", **_PICTURE)
+def get_picture(job_id: str, index: int, what: Literal["image", "label", "shape", "guide"], here: Here) -> Response:
+    """A picture of an accepted pair."""
+    return _picture(here, getattr(_pair(here, job_id, index), what).key)
+
+
+@router.get("/jobs/{job_id}/previews", responses=documented("not-found"))
+def list_previews(job_id: str, here: Here) -> PreviewList:
+    """Pictures drawn while the job runs, in the order of their numbers."""
+    find_spec(here, job_id)
+    names = [name.removesuffix(".png") for name in here.store.children(JobKeys(here.tenant, job_id).previews)]
+    previews = (Preview(name=name, uri=f"/jobs/{job_id}/previews/{name}") for name in names)
+    return PreviewList(previews=tuple(previews))
+
+
+@router.get("/jobs/{job_id}/previews/{name}", **_PICTURE)
+def get_preview(job_id: str, name: Annotated[str, Path(pattern=r"^\d{6}\.[a-z_]+$")], here: Here) -> Response:
+    """A preview by its name, e.g. ``000000.inpainter``."""
+    find_spec(here, job_id)
+    number, _, what = name.partition(".")
+    return _picture(here, JobKeys(here.tenant, job_id).preview(int(number), what))
+
+
+def _manifest(here: Backends, job_id: str) -> Manifest:
+    find_spec(here, job_id)
+    try:
+        return _stored_manifest(here.store, JobKeys(here.tenant, job_id).manifest)
+    except NotFound:
+        raise ProblemError("not-ready", "The job has no manifest, or none yet") from None
+
+
+@lru_cache(maxsize=16)
+def _stored_manifest(store: ObjectStore, key: str) -> Manifest:
+    """A manifest never changes once it is written, and a pull asks for it with every picture."""
+    return store.get_json(key, Manifest)
+
+
+def _pair(here: Backends, job_id: str, index: int) -> Pair:
+    for pair in _manifest(here, job_id).pairs:
+        if pair.index == index:
+            return pair
+    raise ProblemError("not-found", "The manifest has no pair of that index")
+
+
+def _picture(here: Backends, key: str) -> Response:
+    if here.settings.s3_public_endpoint is not None:
+        return RedirectResponse(here.store.presigned_get(key), 307)
+    try:
+        data = here.store.get(key)
+    except NotFound:
+        raise ProblemError("not-found", "There is no such picture") from None
+    return Response(data, media_type=PNG, headers={"ETag": f'"{sha256_hex(data)}"'})

@@ -1,0 +1,26 @@
+"""The sweep: active jobs are planned again every few seconds, by one gateway at a time."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+
+import structlog
+from meddiff.planning import dispatch
+
+from meddiff_services.gateway.backends import Backends
+from meddiff_services.gateway.metrics import Metrics
+
+log = structlog.get_logger()
+
+
+def run(here: Backends, metrics: Metrics, stop: threading.Event) -> None:
+    """Sweeps until ``stop``. A sweep that fails is logged and counted; the next one makes up for it."""
+    token = secrets.token_hex(8)
+    while not stop.wait(here.settings.sweep_seconds):
+        try:
+            led = dispatch.sweep(here.store, here.leases, here.send, token)
+            metrics.sweeps.labels("led" if led else "followed").inc()
+        except Exception as error:
+            metrics.sweeps.labels("failed").inc()
+            log.warning("sweep failed", error=type(error).__name__)

@@ -1,0 +1,5 @@
+"""Trainer: fine-tunes, trains the mask generator, publishes models."""
+
+from meddiff_services import worker
+
+worker.main("trainer", queues=["training"], stages="meddiff_services.trainer.tasks:STAGES")
