@@ -26,6 +26,7 @@ class Settings(BaseSettings):
     scratch: Path = Field(Path("/tmp/meddiff"), description="local disk of a worker: models, latest checkpoints")
     host: str = Field("127.0.0.1", description="address the gateway listens on; loopback only until there are keys")
     port: int = Field(8080, description="port the gateway listens on")
+    metrics_port: int | None = Field(None, description="port a worker serves its Prometheus metrics on")
     tenant: str = Field("local", description="the tenant of requests without a key, on loopback")
     sweep_seconds: float = Field(2.0, gt=0, description="how often active jobs are planned again")
     lease_seconds: float = Field(60.0, gt=0, description="how long a dispatched or running task holds its lease")

@@ -34,7 +34,7 @@ class Backends:
         )
         return cls(
             settings,
-            ObjectStore(settings, RetryPolicy(deadline=3.0)),
+            ObjectStore.from_settings(settings, RetryPolicy(deadline=3.0)),
             Leases(redis, settings.lease_seconds),
             Sender(celery_app(settings)),
         )

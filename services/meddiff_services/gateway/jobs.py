@@ -8,6 +8,7 @@ import itertools
 import re
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import structlog
@@ -18,8 +19,8 @@ from meddiff.contracts.jobs import ENDED, Job, JobList, Kind, Spec, Status
 from meddiff.contracts.problems import Fault, ProblemError
 from meddiff.contracts.requests import FinetuneRequest, GenerateRequest
 from meddiff.planning.dispatch import advance
+from meddiff.planning.jobs import cancel, read_job
 from meddiff.planning.observe import read_spec
-from meddiff.planning.progress import snapshot
 from meddiff.store.keys import JobKeys, job_of_newest, newest, newest_root
 from meddiff.store.objects import NotFound
 
@@ -109,7 +110,7 @@ async def get_job(
     deadline = time.monotonic() + wait
     known = if_none_match
     while True:
-        job = await run_in_threadpool(lambda: _job(here, find_spec(here, job_id)))
+        job = await run_in_threadpool(_read, here, job_id)
         tag = _tag(job)
         known = known or tag
         if tag != known or job.status in ENDED or time.monotonic() >= deadline:
@@ -128,7 +129,7 @@ def cancel_job(job_id: str, here: Here, response: Response) -> Job:
     """Ask a job to stop: ``cancelling`` until every worker has let go. A job that has ended stays as it is."""
     spec = find_spec(here, job_id)
     if not here.store.exists(JobKeys(spec.tenant, spec.id).end):
-        here.store.put(JobKeys(spec.tenant, spec.id).cancel, b"{}", "application/json")
+        cancel(here.store, spec.tenant, spec.id, datetime.now(UTC))
     return _accepted(here, spec, response)
 
 
@@ -149,18 +150,12 @@ def _accepted(here: Backends, spec: Spec, response: Response) -> Job:
     except UNREACHABLE as error:
         log.warning("job left to the sweep", tenant=spec.tenant, job=spec.id, error=type(error).__name__)
     response.headers.update({"Location": f"/jobs/{spec.id}", **RETRY_AFTER})
-    return _job(here, spec)
+    return read_job(here.store, here.leases, spec.tenant, spec.id)
 
 
-def _job(here: Backends, spec: Spec) -> Job:
-    job = snapshot(here.store, here.leases, spec)
-    own = f"/jobs/{spec.id}"
-    links = {"self": own, "cancel": f"{own}/cancel"}
-    if spec.kind == "finetune":
-        links |= {"previews": f"{own}/previews", "model": f"/models/{spec.model_id}"}
-    else:
-        links |= {"manifest": f"{own}/manifest", "contact_sheet": f"{own}/contact_sheet"}
-    return job.model_copy(update={"links": links})
+def _read(here: Backends, job_id: str) -> Job:
+    spec = find_spec(here, job_id)
+    return read_job(here.store, here.leases, spec.tenant, spec.id)
 
 
 def _tag(job: Job) -> str:
@@ -175,7 +170,7 @@ def _newest(here: Backends, kind: Kind | None, start_after: str | None) -> Itera
         except NotFound:
             continue
         if kind in (None, spec.kind):
-            yield _job(here, spec)
+            yield read_job(here.store, here.leases, spec.tenant, spec.id)
 
 
 def _cursor(job: Job) -> str:

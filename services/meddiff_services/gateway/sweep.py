@@ -7,6 +7,7 @@ import threading
 
 import structlog
 from meddiff.planning import dispatch
+from meddiff.store.objects import StoreUnavailable
 
 from meddiff_services.gateway.backends import Backends
 from meddiff_services.gateway.metrics import Metrics
@@ -15,7 +16,9 @@ log = structlog.get_logger()
 
 
 def run(here: Backends, metrics: Metrics, stop: threading.Event) -> None:
-    """Sweeps until ``stop``. A sweep that fails is logged and counted; the next one makes up for it."""
+    """Makes the bucket, as soon as there is a store, then sweeps until ``stop``. A sweep that fails is logged and
+    counted; the next one makes up for it."""
+    _ensure_bucket(here, stop)
     token = secrets.token_hex(8)
     while not stop.wait(here.settings.sweep_seconds):
         try:
@@ -24,3 +27,13 @@ def run(here: Backends, metrics: Metrics, stop: threading.Event) -> None:
         except Exception as error:
             metrics.sweeps.labels("failed").inc()
             log.warning("sweep failed", error=type(error).__name__)
+
+
+def _ensure_bucket(here: Backends, stop: threading.Event) -> None:
+    while not stop.is_set():
+        try:
+            here.store.ensure_bucket()
+            return
+        except StoreUnavailable as error:
+            log.warning("no bucket yet", error=str(error))
+            stop.wait(here.settings.sweep_seconds)

@@ -2,4 +2,4 @@
 
 from meddiff_services import worker
 
-worker.main("inpainter", queues=["inpainting"], stages="meddiff_services.inpainter.tasks:STAGES")
+worker.main("inpainter", queues=["inpainting"], stages="meddiff_services.inpainter.tasks")

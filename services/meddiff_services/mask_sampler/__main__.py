@@ -2,4 +2,4 @@
 
 from meddiff_services import worker
 
-worker.main("mask_sampler", queues=["masks"], stages="meddiff_services.mask_sampler.tasks:STAGES")
+worker.main("mask_sampler", queues=["masks"], stages="meddiff_services.mask_sampler.tasks")

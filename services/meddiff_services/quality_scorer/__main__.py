@@ -2,4 +2,4 @@
 
 from meddiff_services import worker
 
-worker.main("quality_scorer", queues=["datasets", "quality"], stages="meddiff_services.quality_scorer.tasks:STAGES")
+worker.main("quality_scorer", queues=["datasets", "quality"], stages="meddiff_services.quality_scorer.tasks")

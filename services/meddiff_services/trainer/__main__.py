@@ -2,4 +2,4 @@
 
 from meddiff_services import worker
 
-worker.main("trainer", queues=["training"], stages="meddiff_services.trainer.tasks:STAGES")
+worker.main("trainer", queues=["training"], stages="meddiff_services.trainer.tasks")

@@ -37,6 +37,17 @@ class Dataset(Stored):
     prompt: str | None = None
     notes: tuple[str, ...] = ()
 
+    def summary(self) -> DatasetSummary:
+        roles = [c.role for c in self.cases]
+        return DatasetSummary(
+            id=self.id,
+            layout=self.layout,
+            pairs=roles.count("pair"),
+            backgrounds=roles.count("background"),
+            unlabelled=roles.count("unlabelled"),
+            notes=self.notes,
+        )
+
     @property
     def pairs(self) -> tuple[Case, ...]:
         return tuple(c for c in self.cases if c.role == "pair")
@@ -46,9 +57,28 @@ class Dataset(Stored):
         return tuple(c for c in self.cases if c.role == "background")
 
 
-def dataset_id_of(cases: tuple[Case, ...] | list[Case]) -> DatasetId:
-    """The hash of the list of cases: the same data imported twice is the same dataset."""
-    return "ds_" + sha256_hex(canonical_json([c.model_dump(mode="json") for c in cases]))[:32]
+class DatasetSummary(Contract):
+    """A dataset by its counts: what an upload and ``GET /datasets`` answer."""
+
+    id: DatasetId
+    layout: str
+    pairs: int
+    backgrounds: int
+    unlabelled: int
+    notes: tuple[str, ...] = ()
+
+
+class DatasetList(Contract):
+    """The tenant's datasets, in order of id."""
+
+    datasets: tuple[DatasetSummary, ...]
+
+
+def dataset_id_of(cases: tuple[Case, ...] | list[Case], prompt: str | None = None) -> DatasetId:
+    """The hash of the list of cases, and of the prompt where the data brings one: the same data imported twice is the
+    same dataset."""
+    listed: list[object] = [c.model_dump(mode="json") for c in cases]
+    return "ds_" + sha256_hex(canonical_json(listed if prompt is None else [*listed, prompt]))[:32]
 
 
 class ValidationReport(Contract):

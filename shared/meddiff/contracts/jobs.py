@@ -88,3 +88,16 @@ class JobList(Contract):
 
     jobs: tuple[Job, ...]
     next: str | None = None
+
+
+class Preview(Contract):
+    """A picture drawn while the job ran; ``name`` is ``{number}.{what}`` and ``uri`` the link to its PNG."""
+
+    name: str
+    uri: str
+
+
+class PreviewList(Contract):
+    """Previews in the order of their numbers."""
+
+    previews: tuple[Preview, ...]

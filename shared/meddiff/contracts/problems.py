@@ -65,12 +65,16 @@ class Fault(Contract):
 
 
 class Problem(Contract):
-    """``application/problem+json`` (RFC 9457) with a stable ``type`` and, for input faults, ``errors``."""
+    """``application/problem+json`` (RFC 9457) with a stable ``type`` and, for input faults, ``errors``.
+
+    ``instance`` is the path of the request it answers; the problem of a job has none.
+    """
 
     type: str
     title: str
     status: int
     detail: str
+    instance: str | None = None
     errors: tuple[Fault, ...] = ()
 
 

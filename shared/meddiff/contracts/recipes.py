@@ -42,6 +42,7 @@ class Finetuning(Contract):
     guide_margin: tuple[Unit, Unit] = (0.05, 0.3)
     repair_share: Unit = 0.25
     separate_repair: bool = False
+    schedule: Literal["constant", "cosine"] = "constant"
     outside_weight: Unit = 0.0
     gradient_checkpointing: bool = False
     segment_steps: Positive
@@ -64,14 +65,15 @@ class MaskGeneration(Contract):
 
 class Inpainting(Contract):
     """Eq. 2. ``strength`` 1 starts from noise, below 1 from a composite that is re-noised. ``adaptive_guide``: M wide
-    and soft early, exact late. ``background``: let the guide cover the old lesion, or repair it away first."""
+    and soft early, exact late. ``context``: side of the window the network works in over the larger side of the guide's
+    box, the whole image where that is smaller. ``background``: let the guide cover the old lesion, or repair it away first."""
 
     solver_steps: Annotated[int, Field(ge=1, le=1000)]
     guidance_scale: Annotated[float, Field(ge=1, le=20)] = 1.0
     strength: Annotated[float, Field(gt=0, le=1)] = 1.0
     adaptive_guide: bool = True
     guide_margin: Unit = 0.15
-    context: Annotated[float, Field(ge=1, le=4)] = 1.6
+    context: Annotated[float, Field(ge=1, le=1000)] = 1.6
     background: Literal["cover", "repair"] = "cover"
     batch_size: Annotated[int, Field(ge=1, le=64)]
 
@@ -144,7 +146,7 @@ PAPER = Recipe(
     mask_generation=MaskGeneration(
         steps=10_000, batch_size=16, learning_rate=1e-4, segment_steps=2000, sampling_steps=250
     ),
-    inpainting=Inpainting(solver_steps=50, guidance_scale=7.5, guide_margin=0.0, background="repair", batch_size=8),
+    inpainting=Inpainting(solver_steps=50, guidance_scale=7.5, guide_margin=0.0, context=1000, background="repair", batch_size=8),
     quality=Quality(encoder="dinov2", encoder_source="facebook/dinov2-base"),
     work=Work(shard_size=8),
 )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 
 from meddiff.contracts.base import Contract, DatasetId, Name
 from meddiff.contracts.recipes import CPU, RECIPES, Recipe, override
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+DatasetUri = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
 Metadata = dict[
     Annotated[str, StringConstraints(min_length=1, max_length=64)], Annotated[str, StringConstraints(max_length=512)]
 ]
@@ -32,15 +33,29 @@ class RecipeChoice(Contract):
             raise ValueError(f"no recipe of that name; there are {', '.join(sorted(RECIPES))}")
         return name
 
+    @field_validator("override")
+    @classmethod
+    def _valid(cls, changes: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Pydantic adds the faults of the overridden recipe to those of the request, each under its own pointer."""
+        if "name" in info.data:
+            override(RECIPES[info.data["name"]], changes)
+        return changes
+
 
 DEFAULT_RECIPE = RecipeChoice(name=CPU.name)
+
+
+class DatasetReference(Contract):
+    """``POST /datasets`` and ``POST /datasets/validate`` of a dataset that lies somewhere already."""
+
+    dataset_uri: DatasetUri
 
 
 class FinetuneRequest(Contract):
     """``POST /finetune``. ``dataset_uri``: ``s3://bucket/prefix``, ``s3://bucket/archive.zip``, ``file:///folder`` under
     an allowed root, or a dataset id."""
 
-    dataset_uri: Annotated[str, StringConstraints(min_length=1, max_length=2048)]
+    dataset_uri: DatasetUri
     name: Name | None = None
     recipe: RecipeChoice = DEFAULT_RECIPE
     max_pairs: Annotated[int, Field(ge=2, le=10_000)] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from uuid import UUID
 
 from meddiff.contracts.tasks import Stage
 
@@ -115,11 +116,18 @@ class JobKeys:
     def faults(self, stage: Stage, shard: int) -> str:
         return f"{self.root}/faults/{join(stage, f'{shard:08d}')}/"
 
+    @property
+    def faults_root(self) -> str:
+        return f"{self.root}/faults/"
+
     def checkpoints(self, part: str) -> str:
         return f"{self.root}/checkpoints/{join(part)}/"
 
     def checkpoint(self, part: str, step: int, name: str) -> str:
         return f"{self.root}/checkpoints/{join(part, f'{step:08d}', name)}"
+
+    def training_log(self, part: str, segment: int) -> str:
+        return f"{self.root}/logs/{join(part, f'{segment:08d}.jsonl')}"
 
     @property
     def candidates_root(self) -> str:
@@ -145,6 +153,24 @@ def tenant_root(tenant: str, what: str) -> str:
 def active(tenant: str, job_id: str) -> str:
     """What the sweep lists; removed after the job's end."""
     return join("active", tenant, job_id)
+
+
+def newest(tenant: str, job_id: str) -> str:
+    """What a list of jobs reads: the complement of a UUIDv7 makes later jobs come first."""
+    return newest_root(tenant) + f"{_complement(job_id):032x}"
+
+
+def newest_root(tenant: str) -> str:
+    return join("t", tenant, "newest") + "/"
+
+
+def job_of_newest(key: str) -> str:
+    """The job that ``newest`` made ``key`` of."""
+    return str(UUID(int=_complement(key.rpartition("/")[2])))
+
+
+def _complement(number: str) -> int:
+    return (1 << 128) - 1 - UUID(number).int
 
 
 def idempotency(digest: str) -> str:

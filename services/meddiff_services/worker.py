@@ -1,0 +1,354 @@
+"""The shell around every task: takes the lease, runs the stage, leaves the marker, and plans the job again.
+
+A service is a module with ``STAGES: dict[Stage, Callable[[Work], Outcome]]`` and a ``__main__`` that calls ``main``. A
+stage reads objects, calls the science and writes objects; running it twice writes the same objects twice.
+"""
+
+from __future__ import annotations
+
+import importlib
+import mmap
+import os
+import shutil
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+from uuid import uuid4
+
+import structlog
+from celery import signals
+from kombu.exceptions import OperationalError
+from meddiff.contracts.jobs import Spec
+from meddiff.contracts.problems import ProblemError
+from meddiff.contracts.tasks import Marker, Queue, Stage, Task, TaskFault
+from meddiff.planning.dispatch import advance, finish
+from meddiff.planning.leases import Leases, Live
+from meddiff.planning.observe import read_marker, read_spec
+from meddiff.planning.plan import Ending
+from meddiff.planning.queues import RUN, Sender, celery_app
+from meddiff.settings import Settings
+from meddiff.store.keys import JobKeys
+from meddiff.store.objects import NotFound, ObjectStore, StoreUnavailable
+from meddiff.telemetry import configure_logs
+from prometheus_client import Histogram, start_http_server
+from redis import RedisError
+
+HEARTBEAT_SECONDS = 3.0
+REPORT_SECONDS = 1.0
+STOP_CHECK_SECONDS = 1.0
+
+Result = Literal["done", "dropped", "stopped", "failed", "fault", "unavailable"]
+
+TASK_SECONDS = Histogram(
+    "meddiff_task_seconds",
+    "Seconds a task took",
+    ("stage", "result"),
+    buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000),
+)
+
+# A byte shared with the child, set on SIGTERM: its task stops at the next step, and another worker takes it up.
+_leaving = mmap.mmap(-1, 1)
+
+log = structlog.get_logger()
+
+
+class Stopped(Exception):
+    """The task lets go: its job has ended, its lease is another's, or the worker is leaving."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage did: ``units`` (steps, candidates, cases) for the speed, and ``output`` for the marker, a function
+    of the job's spec alone."""
+
+    units: int
+    output: Mapping[str, Any] = field(default_factory=dict)
+
+
+StageFunction = Callable[["Work"], Outcome]
+
+
+class Work:
+    """A task in hand: everything its stage may ask for."""
+
+    def __init__(
+        self, task: Task, spec: Any, store: ObjectStore, leases: Leases, settings: Settings, lease: _Lease
+    ) -> None:
+        self.spec = spec
+        self.store = store
+        self.settings = settings
+        self.tenant = task.tenant
+        self.stage = task.stage
+        self.shard = task.shard
+        self.keys = JobKeys(task.tenant, task.job_id)
+        self.log = structlog.get_logger().bind(tenant=task.tenant, job=task.job_id, stage=task.stage, shard=task.shard)
+        self._task = task
+        self._leases = leases
+        self._lease = lease
+        self._since = time.time()
+        self._reported = 0.0
+        self._checked = 0.0
+        self._ended = False
+
+    @cached_property
+    def scratch(self) -> Path:
+        """The job's folder on this machine's disk; it outlives the task and may vanish between two."""
+        folder = self.settings.scratch / "jobs" / self.tenant / self._task.job_id
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def marker(self, stage: Stage, shard: int) -> Marker:
+        """The marker of a task this one builds on. Raises ``NotFound``."""
+        return read_marker(self.store, self.tenant, self._task.job_id, stage, shard)
+
+    def markers(self, stage: Stage) -> list[Marker]:
+        """Every marker of a stage, in order of shards."""
+        return [self.store.get_json(key, Marker) for key in self.store.list(f"{self.keys.done_root}{stage}/")]
+
+    def progress(self, done: int, total: int, unit: str, **info: float | int | str) -> None:
+        """Tells how far the task is, at most once a second; whether anyone hears it makes no difference."""
+        now = time.monotonic()
+        if now - self._reported < REPORT_SECONDS:
+            return
+        self._reported = now
+        live = Live(
+            stage=self.stage, shard=self.shard, done=done, total=total, unit=unit, since=self._since, now=time.time(),
+            info=info,
+        )  # fmt: skip
+        try:
+            self._leases.report(self._task, live)
+        except RedisError:
+            self.log.debug("progress not reported")
+
+    def should_stop(self) -> bool:
+        """Whether to let go at this step; cheap enough to be asked at every one. The store is asked once a second."""
+        if _leaving[0] != 0 or self._lease.lost:
+            return True
+        now = time.monotonic()
+        if not self._ended and now - self._checked >= STOP_CHECK_SECONDS:
+            self._checked = now
+            present = self.store.children(f"{self.keys.root}/")
+            self._ended = "end.json" in present or "cancel.json" in present
+        return self._ended
+
+    def raise_if_stopped(self) -> None:
+        """Raises ``Stopped`` where ``should_stop``."""
+        if self.should_stop():
+            raise Stopped
+
+
+class _Lease:
+    """A running task's lease, renewed in the background until the ``with`` block is left."""
+
+    def __init__(self, leases: Leases, task: Task, token: str) -> None:
+        self.lost = False
+        self._leases, self._task, self._token = leases, task, token
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def __enter__(self) -> _Lease:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        self._thread.join()
+        try:
+            self._leases.release(self._task, self._token)
+        except RedisError:
+            log.debug("lease left to expire")
+
+    def _renew(self) -> None:
+        while not self._left.wait(self._leases.seconds / 3):
+            try:
+                self.lost = not self._leases.take(self._task, self._token)
+            except RedisError:
+                continue
+
+
+class Worker:
+    """Runs tasks one at a time. ``stages`` is the import path of the service's tasks, imported at its first use, so
+    that torch lives in the process that works."""
+
+    def __init__(self, settings: Settings, stages: str, name: str, send: Callable[[Task], None]) -> None:
+        self.settings = settings
+        self.name = name
+        self._stages = stages
+        self._send = send
+        self._job_id = ""
+
+    @cached_property
+    def store(self) -> ObjectStore:
+        return ObjectStore.from_settings(self.settings)
+
+    @cached_property
+    def leases(self) -> Leases:
+        return Leases.connect(self.settings.redis_url, self.settings.lease_seconds)
+
+    @cached_property
+    def stages(self) -> Mapping[Stage, StageFunction]:
+        found: Mapping[Stage, StageFunction] = importlib.import_module(self._stages).STAGES
+        return found
+
+    def run(self, task: Task) -> Result:
+        """Runs ``task``, unless it needs none: its job has ended, its marker exists, another worker runs it.
+
+        Never raises for what goes wrong in a stage: a ``ProblemError`` ends the job, anything else leaves a fault
+        record, and what is merely out of reach is left to be sent again.
+        """
+        started = time.monotonic()
+        structlog.contextvars.bind_contextvars(tenant=task.tenant, job=task.job_id, stage=task.stage, shard=task.shard)
+        try:
+            self._tidy(task.job_id)
+            result = self._run(task)
+            if result in ("done", "dropped", "stopped"):
+                advance(self.store, self.leases, self._send, task.tenant, task.job_id)
+        except (StoreUnavailable, RedisError, OperationalError) as error:
+            result = "unavailable"
+            log.warning("left to be sent again", error=type(error).__name__)
+        finally:
+            structlog.contextvars.clear_contextvars()
+        TASK_SECONDS.labels(task.stage, result).observe(time.monotonic() - started)
+        return result
+
+    def _run(self, task: Task) -> Result:
+        keys = JobKeys(task.tenant, task.job_id)
+        try:
+            spec = read_spec(self.store, task.tenant, task.job_id)
+        except NotFound:
+            return "dropped"
+        if any(self.store.exists(key) for key in (keys.end, keys.cancel, keys.done(task.stage, task.shard))):
+            self.leases.release(task)
+            return "dropped"
+        token = f"{self.name}/{uuid4().hex}"
+        if not self.leases.take(task, token):
+            return "dropped"
+        with _Lease(self.leases, task, token) as lease:
+            return self._attempt(task, spec, lease)
+
+    def _attempt(self, task: Task, spec: Spec, lease: _Lease) -> Result:
+        work = Work(task, spec, self.store, self.leases, self.settings, lease)
+        started = time.monotonic()
+        try:
+            outcome = self.stages[task.stage](work)
+            seconds = time.monotonic() - started
+            marker = Marker(
+                stage=task.stage,
+                shard=task.shard,
+                units=outcome.units,
+                seconds=seconds,
+                worker=self.name,
+                output=dict(outcome.output),
+            )
+            self.store.put_json(work.keys.done(task.stage, task.shard), marker)
+        except Stopped:
+            log.info("task stopped")
+            return "stopped"
+        except ProblemError as error:
+            log.info("job failed", problem=error.problem.type)
+            finish(self.store, spec, Ending("failed", problem=error.problem))
+            return "failed"
+        except (StoreUnavailable, RedisError):
+            raise
+        except Exception as error:
+            self._record(task, error)
+            return "fault"
+        log.info("task done", units=outcome.units, seconds=round(seconds, 3))
+        return "done"
+
+    def _tidy(self, job_id: str) -> None:
+        """Removes what jobs that have ended left on this disk, whenever the work turns to another job."""
+        if job_id == self._job_id:
+            return
+        self._job_id = job_id
+        for folder in (self.settings.scratch / "jobs").glob("*/*"):
+            if self.store.exists(JobKeys(folder.parent.name, folder.name).end):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _record(self, task: Task, error: Exception) -> None:
+        """A fault record: the kind of error and where it arose, none of the data it arose from."""
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__} in {where.name}, {Path(where.filename).name}:{where.lineno}"
+        log.error("task failed", error=what, trace=_places(error))
+        keys = JobKeys(task.tenant, task.job_id)
+        n = sum(1 for _ in self.store.list(keys.faults(task.stage, task.shard)))
+        fault = TaskFault(stage=task.stage, shard=task.shard, error=what, worker=self.name)
+        self.store.put_json(keys.fault(task.stage, task.shard, n), fault)
+
+
+def _places(error: BaseException) -> list[str]:
+    return [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
+
+
+def main(service: str, queues: Sequence[Queue], stages: str) -> None:
+    """Serves ``queues`` with the ``STAGES`` of the module ``stages`` until SIGTERM: a Celery worker with one child, in
+    which alone ``stages`` is imported.
+
+    On SIGTERM it takes no further task, the running one stops at its next step, and the process leaves with 0.
+    """
+    settings = Settings()
+    configure_logs(service)
+    app = celery_app(settings)
+    name = f"{service}-{os.getpid()}@{socket.gethostname()}"
+    worker = Worker(settings, stages, name, Sender(app))
+    beat = _Heartbeat(settings, queues, name)
+
+    @app.task(name=RUN)  # type: ignore[untyped-decorator]
+    def run(tenant: str, job_id: str, stage: Stage, shard: int) -> None:
+        worker.run(Task(tenant=tenant, job_id=job_id, stage=stage, shard=shard))
+
+    def child_started(**_: Any) -> None:
+        if settings.metrics_port is not None:
+            start_http_server(settings.metrics_port, addr=settings.host)
+        log.info("worker ready", stages=sorted(worker.stages), queues=list(queues))
+
+    def leave(**_: Any) -> None:
+        _leaving[0] = 1
+        beat.stop()
+
+    signals.worker_process_init.connect(child_started, weak=False)
+    signals.worker_ready.connect(lambda **_: beat.start(), weak=False)
+    signals.worker_shutting_down.connect(leave, weak=False)
+    app.worker_main(
+        [
+            "worker", "--pool=prefork", "--concurrency=1", f"--queues={','.join(queues)}", f"--hostname={name}",
+            "--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel=WARNING",
+        ]
+    )  # fmt: skip
+
+
+class _Heartbeat:
+    """Tells dispatchers, from the parent and also while a long task runs, that this worker is alive."""
+
+    def __init__(self, settings: Settings, queues: Sequence[Queue], name: str) -> None:
+        self._settings, self._queues, self._name = settings, queues, name
+        self._left = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def stop(self) -> None:
+        self._left.set()
+
+    def _beat(self) -> None:
+        leases = Leases.connect(self._settings.redis_url, self._settings.lease_seconds)
+        while not self._left.is_set():
+            self._tell(leases.heartbeat)
+            self._left.wait(HEARTBEAT_SECONDS)
+        self._tell(leases.retire)
+
+    def _tell(self, what: Callable[[Queue, str], None]) -> None:
+        try:
+            for queue in self._queues:
+                what(queue, self._name)
+        except RedisError as error:
+            log.warning("heartbeat not heard", error=type(error).__name__)

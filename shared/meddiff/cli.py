@@ -1,0 +1,336 @@
+"""The command line: the Python client, and the embedded stack to run it against."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from meddiff.client import Client, ServiceError
+from meddiff.contracts.base import Contract
+from meddiff.contracts.jobs import ENDED, Job, Kind, Status
+from meddiff.contracts.problems import Fault, Problem
+from meddiff.contracts.requests import DEFAULT_RECIPE
+from meddiff.watching import watch
+
+STACK_FOLDER = Path("out/stack")
+DEFAULT_URL = "http://127.0.0.1:8080"
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+Url = Annotated[
+    str | None,
+    typer.Option(envvar="MEDDIFF_URL", help=f"The service; else the stack in {STACK_FOLDER}, else {DEFAULT_URL}."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Do not wait for the job to end.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PART.FIELD=VALUE", help="Change a value of the recipe; repeatable."),
+]
+Folder = Annotated[Path, typer.Option(help="The stack's state, logs and data.")]
+
+
+@app.command()
+def up(
+    folder: Folder = STACK_FOLDER,
+    inpainters: Annotated[int, typer.Option(min=1, help="Inpainter processes.")] = 2,
+    data: Annotated[Path | None, typer.Option(help="Where the objects lie; else in the stack's folder.")] = None,
+    file_root: Annotated[
+        list[Path] | None, typer.Option(help="A folder that file:// URIs may read; repeatable.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="The gateway's port; 0: 8080 or, where it is taken, any free one.")] = 0,
+) -> None:
+    """Start Redis, S3 and the five services in the background."""
+    from meddiff.embedded import stack
+
+    running = stack.read(folder)
+    if running is not None:
+        out.print(f"already up: {running.address}")
+        for member in running.dead:
+            err.print(f"[red]{member.name} has ended[/red]; the end of {member.log}:\n{member.log_tail()}", markup=True)
+        raise typer.Exit(1 if running.dead else 0)
+    try:
+        started = stack.up(folder, inpainters=inpainters, data=data, file_roots=file_root or (), port=port)
+    except stack.StackError as error:
+        err.print(str(error), markup=False)
+        raise typer.Exit(1) from None
+    out.print(f"up: {started.address} (logs in {folder / 'logs'}; stop it with: meddiff down)")
+
+
+@app.command()
+def down(folder: Folder = STACK_FOLDER) -> None:
+    """Stop everything that `up` started."""
+    from meddiff.embedded import stack
+
+    ended = stack.down(folder)
+    out.print(f"stopped: {', '.join(member.name for member in ended)}" if ended else "nothing was up")
+
+
+@app.command()
+def finetune(
+    dataset: Annotated[
+        str, typer.Argument(help="A dataset id, an s3:// or file:// URI, a local folder or zip archive.")
+    ],
+    name: Annotated[str | None, typer.Option(help="A name for the model.")] = None,
+    recipe: Annotated[str, typer.Option(help="paper, gpu or cpu.")] = DEFAULT_RECIPE.name,
+    changes: Changes = None,
+    max_pairs: Annotated[int | None, typer.Option(help="Pairs to learn from; else the recipe's.")] = None,
+    split_seed: Annotated[int, typer.Option(help="Which pairs are drawn, where there are more.")] = 0,
+    detach: Detach = False,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Make a model from a dataset of image-mask pairs."""
+    with _client(url) as client:
+        if Path(dataset).exists():
+            err.print("importing the dataset")
+            dataset = client.upload(Path(dataset)).id
+        job = client.finetune(
+            dataset,
+            name=name,
+            recipe=recipe,
+            override=_override(changes),
+            max_pairs=max_pairs,
+            split_seed=split_seed,
+        )
+        _follow(client, job, detach=detach, as_json=as_json)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A model's id or name.")],
+    count: Annotated[int, typer.Option(help="Accepted pairs to deliver.")] = 32,
+    seed: int = 0,
+    start_index: Annotated[int, typer.Option(help="Go on from an earlier job's next_start_index.")] = 0,
+    masks: Annotated[str | None, typer.Option(help="A dataset to take the masks from.")] = None,
+    backgrounds: Annotated[str | None, typer.Option(help="A dataset to take the backgrounds from.")] = None,
+    changes: Changes = None,
+    detach: Detach = False,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Make synthetic image-mask pairs with a model."""
+    with _client(url) as client:
+        job = client.generate(
+            model,
+            count,
+            seed=seed,
+            start_index=start_index,
+            masks=masks,
+            backgrounds=backgrounds,
+            override=_override(changes),
+        )
+        _follow(client, job, detach=detach, as_json=as_json)
+
+
+@app.command()
+def jobs(
+    job: Annotated[str | None, typer.Argument(help="One job, in full.")] = None,
+    kind: Annotated[Kind | None, typer.Option(help="Only of this kind.")] = None,
+    status: Annotated[Status | None, typer.Option(help="Only of this status.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most as many.")] = 20,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """List jobs, newest first, or show one."""
+    with _client(url) as client:
+        if job is not None:
+            _print_job(client.job(job), as_json=as_json)
+            return
+        found = [one for one, _ in zip(client.jobs(kind=kind, status=status), range(limit), strict=False)]
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("id", "kind", "status", "stage", "progress", "created", box=None)
+    for one in found:
+        progress = f"{one.progress.done}/{one.progress.total} {one.progress.unit}" if one.progress else ""
+        created = one.created_at.isoformat(" ", "seconds")
+        table.add_row(one.id, one.kind, one.status, "" if one.status in ENDED else one.stage or "", progress, created)
+    out.print(table)
+
+
+@app.command()
+def cancel(job: str, as_json: Json = False, url: Url = None) -> None:
+    """Ask a job to stop."""
+    with _client(url) as client:
+        _print_job(client.cancel(job), as_json=as_json)
+
+
+@app.command()
+def pull(
+    job: str,
+    folder: Annotated[Path | None, typer.Argument(help="Where to; else out/JOB.")] = None,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Fetch a job's manifest, pairs and contact sheet; an interrupted pull goes on where it was."""
+    target = folder or Path("out") / job
+    with _client(url) as client, err.status("fetching") as shown:
+        manifest = client.pull(job, target, lambda done, total: shown.update(f"fetching {done}/{total} pictures"))
+    if as_json:
+        _print_json(manifest)
+    else:
+        out.print(f"{len(manifest.pairs)} pairs in {target}, every SHA-256 right")
+
+
+@app.command()
+def validate(
+    dataset: Annotated[
+        str, typer.Argument(help="A dataset id, an s3:// or file:// URI, a local folder or zip archive.")
+    ],
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Judge a dataset, naming every fault."""
+    with _client(url) as client:
+        report = client.validate(Path(dataset) if Path(dataset).exists() else dataset)
+    if as_json:
+        _print_json(report)
+    else:
+        counts = f"{report.pairs} pairs, {report.backgrounds} backgrounds, {report.unlabelled} unlabelled"
+        out.print(f"{'valid' if report.valid else 'not valid'}: layout {report.layout or 'unknown'}, {counts}")
+        for note in report.notes:
+            out.print(f"  {note}", markup=False)
+        _print_faults(report.errors)
+    raise typer.Exit(0 if report.valid else 1)
+
+
+@app.command()
+def models(
+    model: Annotated[str | None, typer.Argument(help="One model's card, in full.")] = None,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """List models, newest first, or show one's card."""
+    with _client(url) as client:
+        if model is not None:
+            _print_json(client.model(model))
+            return
+        found = client.models()
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("id", "name", "recipe", "cases", "created", box=None)
+    for card in found:
+        created = card.created_at.isoformat(" ", "seconds")
+        table.add_row(card.id, card.name or "", card.recipe.name, str(len(card.cases)), created)
+    out.print(table)
+
+
+@app.command()
+def demo(
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="A folder in a known layout; else phantoms are drawn.", exists=True, file_okay=False),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pairs to make.")] = 32,
+    to: Annotated[Path, typer.Option("--out", help="Where the results go.")] = Path("out/demo"),
+) -> None:
+    """Run the main job on a stack of its own: fine-tune, generate, pull, and take the stack down again."""
+    from meddiff.demo import run
+
+    with _faults_printed():
+        succeeded = run(dataset, count, to, out)
+    raise typer.Exit(0 if succeeded else 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+@contextmanager
+def _client(url: str | None) -> Iterator[Client]:
+    with _faults_printed(), Client(url or _address()) as client:
+        yield client
+
+
+def _address() -> str:
+    """Of the stack in ``STACK_FOLDER``, where one is up."""
+    state = STACK_FOLDER / "stack.json"
+    return str(json.loads(state.read_bytes())["address"]) if state.exists() else DEFAULT_URL
+
+
+@contextmanager
+def _faults_printed() -> Iterator[None]:
+    """Ends the command with the problem's faults, not with a trace."""
+    try:
+        yield
+    except ServiceError as error:
+        _print_problem(error.problem)
+        raise typer.Exit(1) from None
+    except httpx.TransportError as error:
+        err.print(f"the service does not answer ({error}); is it up? Start one with: meddiff up", markup=False)
+        raise typer.Exit(1) from None
+    except ValueError as error:
+        err.print(str(error), markup=False)
+        raise typer.Exit(1) from None
+
+
+def _follow(client: Client, job: Job, *, detach: bool, as_json: bool) -> None:
+    if detach:
+        _print_job(job, as_json=as_json)
+        return
+    err.print(f"{job.kind} {job.id}")
+    try:
+        job = watch(client, job.id, err)
+    except KeyboardInterrupt:
+        err.print(f"the job goes on; stop it with: meddiff cancel {job.id}")
+        raise typer.Exit(130) from None
+    _print_job(job, as_json=as_json)
+    raise typer.Exit(0 if job.status == "succeeded" else 1)
+
+
+def _override(changes: list[str] | None) -> dict[str, Any]:
+    """``["finetuning.steps=50"]`` as ``{"finetuning": {"steps": 50}}``; a value that is not JSON is a string."""
+    found: dict[str, Any] = {}
+    for change in changes or ():
+        path, equals, text = change.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"not of the form PART.FIELD=VALUE: {change}", param_hint="--set")
+        *parents, field = path.split(".")
+        part = found
+        for parent in parents:
+            part = part.setdefault(parent, {})
+        try:
+            part[field] = json.loads(text)
+        except ValueError:
+            part[field] = text
+    return found
+
+
+def _print_json(answer: Contract | list[Job] | tuple[Contract, ...]) -> None:
+    value = (
+        answer.model_dump(mode="json") if isinstance(answer, Contract) else [a.model_dump(mode="json") for a in answer]
+    )
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _print_job(job: Job, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(job)
+        return
+    out.print(f"{job.kind} {job.id}: {job.status}", highlight=False)
+    for key, value in (job.result or {}).items():
+        out.print(f"  {key}: {value}", markup=False, highlight=False)
+    if job.problem is not None:
+        _print_problem(job.problem)
+
+
+def _print_problem(problem: Problem) -> None:
+    err.print(f"{problem.title}: {problem.detail}", markup=False, highlight=False)
+    _print_faults(problem.errors)
+
+
+def _print_faults(faults: tuple[Fault, ...]) -> None:
+    for fault in faults:
+        err.print(f"  {fault.pointer}: {fault.detail}", markup=False, highlight=False)

@@ -1,0 +1,292 @@
+"""The Python client: the service's HTTP API, typed by its contracts."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from meddiff.contracts.base import sha256_hex
+from meddiff.contracts.dataset import Dataset, DatasetList, DatasetSummary, ValidationReport
+from meddiff.contracts.jobs import ENDED, Job, JobList, Kind, Preview, PreviewList, Status
+from meddiff.contracts.manifest import Manifest
+from meddiff.contracts.models import ModelCard, ModelList
+from meddiff.contracts.problems import Problem
+from meddiff.contracts.recipes import Recipe
+from meddiff.contracts.requests import DEFAULT_RECIPE
+
+DELIVERED = ("image", "label", "shape", "guide")
+"""The pictures of a pair that ``pull`` fetches."""
+
+_TRIES = 4
+_WAIT_SECONDS = 5
+_DOWNLOADS_AT_ONCE = 4
+
+
+class ServiceError(Exception):
+    """The service answered with a problem (RFC 9457); its faults are in ``problem.errors``."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.detail)
+        self.problem = problem
+
+
+class Client:
+    """A connection to one service, e.g. ``Client("http://127.0.0.1:8080")``; usable as a context manager.
+
+    Every method raises ``ServiceError`` where the service answers with a problem and ``httpx.TransportError`` where it
+    does not answer at all. Calls are repeated a few times while the service is unreachable or answers 503; a ``POST``
+    carries an ``Idempotency-Key``, so a repeated one starts nothing twice.
+    """
+
+    def __init__(self, base_url: str, *, timeout: float = 60.0) -> None:
+        self.base_url = base_url
+        self._http = httpx.Client(base_url=base_url, timeout=timeout, follow_redirects=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # ------------------------------------------------------------------------------------------------------- jobs
+
+    def finetune(
+        self,
+        dataset_uri: str,
+        *,
+        name: str | None = None,
+        recipe: str = DEFAULT_RECIPE.name,
+        override: dict[str, Any] | None = None,
+        max_pairs: int | None = None,
+        split_seed: int = 0,
+        metadata: dict[str, str] | None = None,
+    ) -> Job:
+        """``POST /finetune``: a model from a dataset's URI or id; ``override`` changes values of the named recipe, e.g.
+        ``{"finetuning": {"steps": 500}}``. Returns the accepted job."""
+        body = {
+            "dataset_uri": dataset_uri,
+            "name": name,
+            "recipe": {"name": recipe, "override": override or {}},
+            "max_pairs": max_pairs,
+            "split_seed": split_seed,
+            "metadata": metadata or {},
+        }
+        return Job.model_validate_json(self._post("/finetune", json=body))
+
+    def generate(
+        self,
+        model: str,
+        count: int,
+        *,
+        seed: int = 0,
+        start_index: int = 0,
+        masks: str | None = None,
+        backgrounds: str | None = None,
+        override: dict[str, Any] | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> Job:
+        """``POST /generate``: ``count`` accepted pairs of a model's id or name; ``override`` changes values of the
+        model's recipe. Returns the accepted job."""
+        body = {
+            "model": model,
+            "count": count,
+            "seed": seed,
+            "start_index": start_index,
+            "masks": masks,
+            "backgrounds": backgrounds,
+            "recipe": override or {},
+            "metadata": metadata or {},
+        }
+        return Job.model_validate_json(self._post("/generate", json=body))
+
+    def job(self, job_id: str) -> Job:
+        """``GET /jobs/{id}``."""
+        return Job.model_validate_json(self._get(_job(job_id)).content)
+
+    def jobs(self, *, kind: Kind | None = None, status: Status | None = None) -> Iterator[Job]:
+        """``GET /jobs``, newest first; pages are fetched as they are needed."""
+        query: dict[str, str] = {
+            name: value for name, value in (("kind", kind), ("status", status)) if value is not None
+        }
+        while True:
+            page = JobList.model_validate_json(self._get("/jobs", params=query).content)
+            yield from page.jobs
+            if page.next is None:
+                return
+            query["cursor"] = page.next
+
+    def wait(self, job_id: str, on_update: Callable[[Job], None] | None = None) -> Job:
+        """Until the job has ended, whichever way; ``on_update`` gets it now, after every change and every few
+        seconds."""
+        tag = ""
+        while True:
+            response = self._get(_job(job_id), params={"wait": _WAIT_SECONDS}, headers={"If-None-Match": tag})
+            if response.status_code != httpx.codes.NOT_MODIFIED:
+                tag = response.headers["ETag"]
+                job = Job.model_validate_json(response.content)
+            if on_update is not None:
+                on_update(job)
+            if job.status in ENDED:
+                return job
+
+    def cancel(self, job_id: str) -> Job:
+        """``POST /jobs/{id}/cancel``. Returns the job, usually ``cancelling``."""
+        return Job.model_validate_json(self._post(f"{_job(job_id)}/cancel"))
+
+    def manifest(self, job_id: str) -> Manifest:
+        """``GET /jobs/{id}/manifest``."""
+        return Manifest.model_validate_json(self._get(f"{_job(job_id)}/manifest").content)
+
+    def previews(self, job_id: str) -> tuple[Preview, ...]:
+        """``GET /jobs/{id}/previews``: those drawn so far."""
+        return PreviewList.model_validate_json(self._get(f"{_job(job_id)}/previews").content).previews
+
+    def preview(self, job_id: str, name: str) -> bytes:
+        """``GET /jobs/{id}/previews/{name}``: a PNG."""
+        return self._get(f"{_job(job_id)}/previews/{quote(name, safe='')}").content
+
+    def pull(self, job_id: str, folder: Path, on_progress: Callable[[int, int], None] | None = None) -> Manifest:
+        """Fetches a job's manifest, contact sheet and pairs: ``manifest.json``, ``contact_sheet.png`` and
+        ``pairs/{index}.{image,label,shape,guide}.png``.
+
+        Every picture's SHA-256 is checked against the manifest; files that are there already and right are kept, so an
+        interrupted pull goes on where it was. ``on_progress`` gets pictures done and in all. Raises ``ValueError``
+        where a picture's digest is not the manifest's.
+        """
+        raw = self._get(f"{_job(job_id)}/manifest").content
+        manifest = Manifest.model_validate_json(raw)
+        wanted = [(pair.index, what, getattr(pair, what).sha256) for pair in manifest.pairs for what in DELIVERED]
+        (folder / "pairs").mkdir(parents=True, exist_ok=True)
+
+        def fetch(picture: tuple[int, str, str]) -> None:
+            index, what, digest = picture
+            path = folder / "pairs" / f"{index:08d}.{what}.png"
+            if path.exists() and sha256_hex(path.read_bytes()) == digest:
+                return
+            content = self._get(f"{_job(job_id)}/pairs/{index}/{what}").content
+            if sha256_hex(content) != digest:
+                raise ValueError(f"pair {index}: the {what}'s SHA-256 is not the manifest's")
+            _write(path, content)
+
+        with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as threads:
+            for done, _ in enumerate(threads.map(fetch, wanted), start=1):
+                if on_progress is not None:
+                    on_progress(done, len(wanted))
+        _write(folder / "contact_sheet.png", self._get(f"{_job(job_id)}/contact_sheet").content)
+        _write(folder / "manifest.json", raw)
+        return manifest
+
+    # --------------------------------------------------------------------------------------- datasets and models
+
+    def upload(self, source: Path) -> DatasetSummary:
+        """``POST /datasets``: imports a folder or a zip archive of this machine."""
+        return DatasetSummary.model_validate_json(self._post_dataset("/datasets", source))
+
+    def validate(self, source: str | Path) -> ValidationReport:
+        """``POST /datasets/validate``: every fault of a dataset URI, or of a folder or zip archive of this machine."""
+        return ValidationReport.model_validate_json(self._post_dataset("/datasets/validate", source))
+
+    def datasets(self) -> tuple[DatasetSummary, ...]:
+        """``GET /datasets``."""
+        return DatasetList.model_validate_json(self._get("/datasets").content).datasets
+
+    def dataset(self, dataset_id: str) -> Dataset:
+        """``GET /datasets/{id}``: with every case."""
+        return Dataset.model_validate_json(self._get(f"/datasets/{quote(dataset_id, safe='')}").content)
+
+    def models(self) -> tuple[ModelCard, ...]:
+        """``GET /models``, newest first."""
+        return ModelList.model_validate_json(self._get("/models").content).models
+
+    def model(self, model: str) -> ModelCard:
+        """``GET /models/{id}``; a name will do as well."""
+        return ModelCard.model_validate_json(self._get(f"/models/{quote(model, safe='')}").content)
+
+    def recipes(self) -> dict[str, Recipe]:
+        """``GET /recipes``: the named recipes with every value."""
+        return {name: Recipe.model_validate(value) for name, value in self._get("/recipes").json().items()}
+
+    # ------------------------------------------------------------------------------------------------------- HTTP
+
+    def _get(self, path: str, **options: Any) -> httpx.Response:
+        return self._send("GET", path, **options)
+
+    def _post(self, path: str, **options: Any) -> bytes:
+        return self._send("POST", path, headers={"Idempotency-Key": str(uuid.uuid4())}, **options).content
+
+    def _post_dataset(self, path: str, source: str | Path) -> bytes:
+        if isinstance(source, str):
+            return self._send("POST", path, json={"dataset_uri": source}, timeout=None).content
+        with _archive(source) as archive:
+            headers = {"Content-Type": "application/zip", "Content-Length": str(archive.stat().st_size)}
+            return self._send("POST", path, headers=headers, upload=archive, timeout=None).content
+
+    def _send(self, method: str, path: str, *, upload: Path | None = None, **options: Any) -> httpx.Response:
+        for again in reversed(range(_TRIES)):
+            try:
+                with upload.open("rb") if upload else nullcontext() as content:
+                    response = self._http.request(method, path, content=content, **options)
+                if response.status_code != httpx.codes.SERVICE_UNAVAILABLE or not again:
+                    break
+            except httpx.TransportError:
+                if not again:
+                    raise
+            time.sleep(0.5 * 2 ** (_TRIES - 1 - again))
+        if response.is_success or response.status_code == httpx.codes.NOT_MODIFIED:
+            return response
+        raise ServiceError(_problem(response))
+
+
+def _job(job_id: str) -> str:
+    return f"/jobs/{quote(job_id, safe='')}"
+
+
+def _problem(response: httpx.Response) -> Problem:
+    """The problem in the answer; of an answer that is none (a proxy's, say) one made from its status."""
+    try:
+        return Problem.model_validate_json(response.content)
+    except ValueError:
+        phrase = response.reason_phrase
+        return Problem(
+            type="about:blank", title=phrase, status=response.status_code, detail=f"{phrase} without a problem"
+        )
+
+
+def _archive(source: Path) -> AbstractContextManager[Path]:
+    return _zipped(source) if source.is_dir() else nullcontext(source)
+
+
+@contextmanager
+def _zipped(folder: Path) -> Iterator[Path]:
+    """A temporary zip archive of a folder; pictures are compressed already, so they are stored as they are."""
+    with tempfile.TemporaryDirectory() as scratch:
+        archive = Path(scratch) / "dataset.zip"
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED, strict_timestamps=False) as target:
+            for path in sorted(folder.rglob("*")):
+                if path.is_file():
+                    target.write(path, path.relative_to(folder))
+        yield archive
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)

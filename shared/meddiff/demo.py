@@ -1,0 +1,156 @@
+"""The demo: the main job from an empty machine to a contact sheet, over the real services, on a stack of its own."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.table import Table
+
+from meddiff.client import Client
+from meddiff.contracts.jobs import Job
+from meddiff.contracts.manifest import Manifest
+from meddiff.embedded import stack
+from meddiff.watching import watch
+
+MAX_PAIRS = 30
+MODEL_NAME = "demo"
+
+
+class JobFailedError(Exception):
+    """A job of the demo ended otherwise than it should; the message lists the problem's faults."""
+
+
+def run(dataset: Path | None, count: int, folder: Path, console: Console) -> bool:
+    """Fine-tunes on at most 30 pairs of ``dataset`` (of phantoms where that is ``None``) and makes ``count``
+    synthetic pairs; leaves ``preview.png``, ``manifest.json``, ``pairs/`` and ``contact_sheet.png`` in ``folder``.
+
+    The stack, in ``folder/stack``, is taken down however it ends. Returns whether all went well; where not, the reason
+    and the end of each log have been printed.
+    """
+    _clear(folder)
+    steps: list[tuple[str, float]] = []
+    with _interruptible():
+        try:
+            return _run(dataset, count, folder, console, steps)
+        except (JobFailedError, stack.StackError) as error:
+            console.print(str(error), markup=False, highlight=False)
+            _print_logs(folder, console)
+            return False
+        except BaseException:
+            _print_logs(folder, console)
+            raise
+        finally:
+            with _timed(steps, "stack down", console):
+                stack.down(folder / "stack")
+            console.print(_time_table(steps))
+
+
+def _run(dataset: Path | None, count: int, folder: Path, console: Console, steps: list[tuple[str, float]]) -> bool:
+    if dataset is None:
+        from meddiff import phantoms
+
+        dataset = folder / "phantoms"
+        with _timed(steps, "phantoms drawn", console):
+            phantoms.write(dataset)
+    begun = time.monotonic()
+    with _timed(steps, "stack up", console):
+        started = stack.up(folder / "stack", file_roots=[dataset])
+    with Client(started.address) as client:
+        preview = FirstPreview(client, folder / "preview.png", begun, console)
+        with _timed(steps, "fine-tune", console):
+            job = client.finetune(dataset.resolve().as_uri(), name=MODEL_NAME, max_pairs=MAX_PAIRS)
+            _succeeded(watch(client, job.id, console, preview))
+        with _timed(steps, f"generate {count} pairs", console):
+            job = client.generate(MODEL_NAME, count)
+            _succeeded(watch(client, job.id, console))
+        with _timed(steps, "pull", console):
+            manifest = client.pull(job.id, folder)
+    _print_made(manifest, folder, console)
+    return True
+
+
+class FirstPreview:
+    """Saves the first preview of the job it is told of, once."""
+
+    def __init__(self, client: Client, path: Path, begun: float, console: Console) -> None:
+        self._client, self._path, self._begun, self._console = client, path, begun, console
+
+    def __call__(self, job: Job) -> None:
+        if self._path.exists():
+            return
+        for preview in self._client.previews(job.id)[:1]:
+            self._path.write_bytes(self._client.preview(job.id, preview.name))
+            seconds = time.monotonic() - self._begun
+            self._console.print(f"  first preview after {seconds:.0f} s of the stack: {self._path}", highlight=False)
+
+
+def _succeeded(job: Job) -> None:
+    if job.status == "succeeded":
+        return
+    lines = [f"{job.kind} {job.id}: {job.status}"]
+    if job.problem is not None:
+        lines += [job.problem.detail, *(f"  {fault.pointer}: {fault.detail}" for fault in job.problem.errors)]
+    raise JobFailedError("\n".join(lines))
+
+
+def _clear(folder: Path) -> None:
+    """Ends what an earlier demo left running and removes what it left behind."""
+    stack.down(folder / "stack")
+    for name in ("stack", "pairs", "phantoms"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("manifest.json", "contact_sheet.png", "preview.png"):
+        (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends the demo as Ctrl-C does: with the stack taken down."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _timed(steps: list[tuple[str, float]], name: str, console: Console) -> Iterator[None]:
+    console.print(name, style="bold", highlight=False)
+    begun = time.monotonic()
+    try:
+        yield
+    finally:
+        steps.append((name, time.monotonic() - begun))
+
+
+def _time_table(steps: list[tuple[str, float]]) -> Table:
+    table = Table("step", "seconds", box=None)
+    for name, seconds in [*steps, ("in all", sum(seconds for _, seconds in steps))]:
+        table.add_row(name, f"{seconds:.1f}")
+    return table
+
+
+def _print_made(manifest: Manifest, folder: Path, console: Console) -> None:
+    rejected = ", ".join(f"{n} {reason}" for reason, n in manifest.counts.rejected.items()) or "none"
+    console.print(
+        f"{len(manifest.pairs)} synthetic pairs of {manifest.counts.generated} candidates (rejected: {rejected})\n"
+        f"  {folder / 'contact_sheet.png'}\n  {folder / 'manifest.json'}\n  {folder / 'pairs'}",
+        highlight=False,
+    )
+
+
+def _print_logs(folder: Path, console: Console) -> None:
+    running = stack.read(folder / "stack")
+    for member in running.members if running is not None else ():
+        console.print(f"--- the end of {member.log}\n{member.log_tail()}", markup=False, highlight=False)

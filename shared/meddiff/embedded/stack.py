@@ -1,0 +1,194 @@
+"""The embedded stack: Redis, S3 and the five services as background processes of this machine, all on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import psutil
+
+from meddiff.contracts.base import Contract
+from meddiff.embedded.servers import start_redis, start_s3
+
+LOOPBACK = "127.0.0.1"
+PREFERRED_PORT = 8080
+WORKERS = ("trainer", "mask_sampler", "inpainter", "quality_scorer")
+
+_READY_SECONDS = 60.0
+_SERVICE_PATIENCE = 30.0
+_SERVER_PATIENCE = 60.0
+
+
+class StackError(Exception):
+    """The stack did not come up; the message ends with the last lines of the log at fault."""
+
+
+class Member(Contract):
+    """One process of the stack. ``started`` (seconds since the epoch) tells it from a later process of the same id."""
+
+    name: str
+    pid: int
+    started: float
+    log: Path
+
+    def process(self) -> psutil.Process | None:
+        """The process, while it lives."""
+        try:
+            process = psutil.Process(self.pid)
+            same = process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return None
+        return process if same else None
+
+    def log_tail(self, lines: int = 15) -> str:
+        """The end of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+class Stack(Contract):
+    """A stack that was started: where its gateway answers, and its processes in the order they were started."""
+
+    address: str
+    members: tuple[Member, ...] = ()
+
+    @property
+    def dead(self) -> tuple[Member, ...]:
+        """Members that have ended without being asked to."""
+        return tuple(member for member in self.members if member.process() is None)
+
+
+def read(folder: Path) -> Stack | None:
+    """The stack that was started in ``folder`` and not yet taken down, if there is one."""
+    state = _state(folder)
+    return Stack.model_validate_json(state.read_bytes()) if state.exists() else None
+
+
+def up(
+    folder: Path, *, inpainters: int = 2, data: Path | None = None, file_roots: Sequence[Path] = (), port: int = 0
+) -> Stack:
+    """Starts the stack in ``folder`` (state, logs, scratch; the objects too, where ``data`` names no other folder) and
+    returns once its gateway is ready. ``port`` 0 is 8080 where that is free, else any free one.
+
+    Raises ``StackError``, with everything it started ended again, where a part does not come up, and
+    ``FileExistsError`` where the folder's stack is up already.
+    """
+    if read(folder) is not None:
+        raise FileExistsError(f"a stack was started in {folder} already")
+    folder.mkdir(parents=True, exist_ok=True)
+    stack = Stack(address=f"http://{LOOPBACK}:{port or _free_port()}")
+    try:
+        redis = start_redis(folder / "redis")
+        stack = _record(folder, stack, "redis", redis.process.pid, folder / "redis" / "redis.log")
+        s3 = start_s3(data or folder / "data")
+        stack = _record(folder, stack, "s3", s3.process.pid, (data or folder / "data") / "s3.log")
+        environment = os.environ | {
+            "MEDDIFF_REDIS_URL": redis.url,
+            "MEDDIFF_S3_ENDPOINT": s3.endpoint,
+            "MEDDIFF_S3_ACCESS_KEY": s3.access_key,
+            "MEDDIFF_S3_SECRET_KEY": s3.secret_key,
+            "MEDDIFF_HOST": LOOPBACK,
+            "MEDDIFF_PORT": stack.address.rpartition(":")[2],
+            "MEDDIFF_FILE_ROOTS": json.dumps([str(root.resolve()) for root in file_roots]),
+            "MEDDIFF_SCRATCH": str((folder / "scratch").resolve()),
+        }
+        stack = _start_service(folder, stack, "gateway", "gateway", environment)
+        for worker in WORKERS:
+            for number in range(1, (inpainters if worker == "inpainter" else 1) + 1):
+                name = f"{worker}-{number}" if worker == "inpainter" else worker
+                stack = _start_service(folder, stack, name, worker, environment)
+        _wait_until_ready(stack)
+    except BaseException as error:
+        down(folder)
+        if isinstance(error, (RuntimeError, OSError)):
+            raise StackError(str(error)) from error
+        raise
+    return stack
+
+
+def down(folder: Path) -> tuple[Member, ...]:
+    """Ends every process of the folder's stack: the services first, then the servers they need; what does not leave on
+    SIGTERM is killed with all its children. Returns the members that were still running."""
+    stack = read(folder)
+    if stack is None:
+        return ()
+    running = tuple(member for member in stack.members if member.process() is not None)
+    servers = [member for member in running if member.name in ("redis", "s3")]
+    _end([member for member in running if member not in servers], _SERVICE_PATIENCE)
+    _end(servers, _SERVER_PATIENCE)
+    _state(folder).unlink()
+    return running
+
+
+def _state(folder: Path) -> Path:
+    return folder / "stack.json"
+
+
+def _start_service(folder: Path, stack: Stack, name: str, module: str, environment: dict[str, str]) -> Stack:
+    log = folder / "logs" / f"{name}.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"meddiff_services.{module}"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return _record(folder, stack, name, process.pid, log)
+
+
+def _record(folder: Path, stack: Stack, name: str, pid: int, log: Path) -> Stack:
+    """The stack with one more member, written down at once so that ``down`` finds it whatever happens next."""
+    member = Member(name=name, pid=pid, started=psutil.Process(pid).create_time(), log=log.resolve())
+    stack = stack.model_copy(update={"members": (*stack.members, member)})
+    _state(folder).write_text(stack.model_dump_json(indent=2))
+    return stack
+
+
+def _wait_until_ready(stack: Stack) -> None:
+    deadline = time.monotonic() + _READY_SECONDS
+    while time.monotonic() < deadline:
+        for member in stack.dead:
+            raise RuntimeError(f"{member.name} has ended:\n{member.log_tail()}")
+        try:
+            if httpx.get(f"{stack.address}/readyz").is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    gateway = next(member for member in stack.members if member.name == "gateway")
+    raise RuntimeError(f"the gateway is not ready after {_READY_SECONDS:.0f} s:\n{gateway.log_tail()}")
+
+
+def _end(members: Sequence[Member], patience: float) -> None:
+    """SIGTERM to each, SIGKILL to the sessions of those that stay; returns when all are gone."""
+    found = [process for member in members if (process := member.process()) is not None]
+    families = found + [child for process in found for child in process.children(recursive=True)]
+    for process in found:
+        process.terminate()
+    psutil.wait_procs(families, patience)
+    for process in families:
+        if process.is_running():
+            process.kill()
+    psutil.wait_procs(families)
+
+
+def _free_port() -> int:
+    """``PREFERRED_PORT`` where nobody listens on it, else one that the system picks."""
+    for port in (PREFERRED_PORT, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise RuntimeError("no free port on loopback")

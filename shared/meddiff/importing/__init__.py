@@ -1,0 +1,17 @@
+"""Datasets come in here: from wherever they lie, in whatever layout, into one stored form."""
+
+from meddiff.importing.datasets import import_dataset, load_case, load_dataset, select_cases, validate
+from meddiff.importing.sources import Source, check_uri, is_dataset_id, open_archive, open_source
+
+__all__ = [
+    "Source",
+    "check_uri",
+    "import_dataset",
+    "is_dataset_id",
+    "load_case",
+    "load_dataset",
+    "open_archive",
+    "open_source",
+    "select_cases",
+    "validate",
+]

@@ -1,0 +1,186 @@
+"""Where a job stands: a pure function of its spec, of what exists, and of what its workers last told."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from meddiff.contracts.jobs import End, FinetuneSpec, GenerateSpec, Job, Progress, Spec, Status
+from meddiff.contracts.tasks import QUEUE_OF, Stage
+from meddiff.planning.leases import Live
+from meddiff.planning.plan import Observed, finetune_steps, plan, segment_range
+from meddiff.planning.selection import wanted
+
+# Seconds for a unit of work of a stage relative to a training step (fine-tune) or to a candidate inpainted (generate):
+# what an estimate assumes of a stage until its speed has been measured in this job.
+PRIOR: dict[Stage, float] = {
+    "import": 0.2, "cache": 4.0, "inpainter": 1.0, "repair": 1.0, "mask_generator": 0.3, "backgrounds": 20.0,
+    "calibrate": 1.0, "publish": 10.0, "masks": 0.2, "inpainting": 1.0, "quality": 0.2, "manifest": 0.1,
+}  # fmt: skip
+TRAINING: tuple[Stage, ...] = ("inpainter", "repair", "mask_generator")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known beyond the plan's inputs. ``speeds``: seconds for a unit by stage, from markers; ``live``: running
+    tasks' own words; ``running``: whether any worker holds a lease of the job; ``workers``: live ones by queue;
+    ``position``: 1 for the first of the jobs that have not ended."""
+
+    speeds: Mapping[Stage, float] = field(default_factory=dict)
+    live: Collection[Live] = ()
+    running: bool = False
+    workers: Mapping[str, int] = field(default_factory=dict)
+    position: int | None = None
+    started_at: datetime | None = None
+
+
+def ended(spec: Spec, end: End, started_at: datetime | None) -> Job:
+    """The job after its end."""
+    total = _total(spec, None)
+    done = end.result.get("accepted", total) if end.status in ("succeeded", "incomplete") else None
+    return _job(
+        spec,
+        status=end.status,
+        progress=None if done is None else Progress(done=done, total=total, unit=_unit(spec)),
+        started_at=started_at,
+        finished_at=end.finished_at,
+        result=end.result or None,
+        problem=end.problem,
+    )
+
+
+def snapshot(spec: Spec, observed: Observed, measured: Measured) -> Job:
+    """The job before its end. ``eta_seconds`` is absent until a speed has been measured."""
+    started = bool(observed.done) or observed.tally.shards > 0 or measured.running
+    due = plan(spec, observed).due
+    stage = due[0].stage if due else None
+    status: Status = "running"
+    if observed.cancelled:
+        status = "cancelling"
+    elif not started:
+        status = "queued"
+    elif stage == "import":
+        status = "validating"
+    remaining = _remaining(spec, observed)
+    speeds = _speeds(measured)
+    return _job(
+        spec,
+        status=status,
+        stage=stage,
+        progress=Progress(done=_done(spec, observed, measured.live), total=_total(spec, observed), unit=_unit(spec)),
+        eta_seconds=_eta(spec, remaining, speeds, measured) if speeds and started else None,
+        queue_position=measured.position if status == "queued" else None,
+        started_at=measured.started_at,
+    )
+
+
+def _job(spec: Spec, **state: object) -> Job:
+    here = f"/jobs/{spec.id}"
+    links = {"self": here, "cancel": f"{here}/cancel", "previews": f"{here}/previews"}
+    if isinstance(spec, FinetuneSpec):
+        links["model"] = f"/models/{spec.model_id}"
+    else:
+        links["manifest"] = f"{here}/manifest"
+    return Job.model_validate(
+        {
+            "id": spec.id,
+            "kind": spec.kind,
+            "created_at": spec.created_at,
+            "request": spec.request.model_dump(mode="json"),
+            "recipe": spec.recipe,
+            "metadata": spec.request.metadata,
+            "links": links,
+            **state,
+        }
+    )
+
+
+def _unit(spec: Spec) -> str:
+    return "steps" if isinstance(spec, FinetuneSpec) else "pairs"
+
+
+def _segments(spec: FinetuneSpec, stage: Stage, shards: Collection[int]) -> int:
+    """Training steps in some segments of a part."""
+    part = spec.recipe.mask_generation if stage == "mask_generator" else spec.recipe.finetuning
+    return sum(len(segment_range(shard, part.steps, part.segment_steps)) for shard in shards)
+
+
+def _parts(spec: FinetuneSpec, observed: Observed | None) -> dict[Stage, range]:
+    """Segments of each training part; those that the recipe may ask for where the dataset is not known yet."""
+    known = observed.imported if observed is not None else None
+    imported = known or {"pairs": spec.recipe.mask_generation.min_masks, "backgrounds": 0, "cases": ()}
+    steps = finetune_steps(spec.recipe, imported)
+    return {step.stage: range(step.shards) for step in steps if step.stage in TRAINING}
+
+
+def _total(spec: Spec, observed: Observed | None) -> int:
+    if isinstance(spec, GenerateSpec):
+        return spec.request.count
+    return sum(_segments(spec, stage, shards) for stage, shards in _parts(spec, observed).items())
+
+
+def _done(spec: Spec, observed: Observed, live: Collection[Live]) -> int:
+    if isinstance(spec, GenerateSpec):
+        return len(observed.tally.accepted)
+    finished = sum(_segments(spec, stage, observed.done.get(stage, ())) for stage in TRAINING)
+    within = sum(_within(spec, one) for one in live if one.stage in TRAINING and not observed.has(one.stage, one.shard))
+    return min(finished + within, _total(spec, observed))
+
+
+def _within(spec: FinetuneSpec, live: Live) -> int:
+    """Steps of its own segment that a running training task has behind it; it reports the part's step."""
+    part = spec.recipe.mask_generation if live.stage == "mask_generator" else spec.recipe.finetuning
+    return max(0, min(live.done - live.shard * part.segment_steps, part.segment_steps))
+
+
+def _remaining(spec: Spec, observed: Observed) -> dict[Stage, float]:
+    """Units still to be done, by stage."""
+    if isinstance(spec, GenerateSpec):
+        shards = range(observed.tally.shards, wanted(observed.tally, spec))
+        chain: tuple[Stage, ...] = ("quality", "inpainting", "masks")
+        left: dict[Stage, float] = {}
+        for n, stage in enumerate(chain):
+            later = chain[: n + 1]
+            open_shards = sum(not any(observed.has(s, shard) for s in later) for shard in shards)
+            left[stage] = open_shards * spec.recipe.work.shard_size
+        return left | {"manifest": spec.request.count}
+    imported = observed.imported or {"pairs": spec.recipe.max_pairs, "backgrounds": 0, "cases": ()}
+    units: dict[Stage, float] = {}
+    for step in finetune_steps(spec.recipe, imported):
+        missing = [shard for shard in range(step.shards) if not observed.has(step.stage, shard)]
+        if step.stage in TRAINING:
+            units[step.stage] = _segments(spec, step.stage, missing)
+        elif step.stage == "backgrounds":
+            units[step.stage] = len(missing) * spec.recipe.work.shard_size
+        else:
+            units[step.stage] = len(missing) * (1 if step.stage == "publish" else imported["pairs"])
+    return units
+
+
+def _speeds(measured: Measured) -> dict[Stage, float]:
+    """Seconds for a unit: as markers tell, else as running tasks do so far."""
+    speeds: dict[Stage, float] = {}
+    for one in measured.live:
+        seconds = float(one.info.get("seconds", 0.0))
+        if seconds > 0:
+            speeds[one.stage] = seconds
+    return speeds | {stage: speed for stage, speed in measured.speeds.items() if stage != "import"}
+
+
+def _eta(spec: Spec, remaining: Mapping[Stage, float], speeds: Mapping[Stage, float], measured: Measured) -> float:
+    """Seconds until the end. A fine-tune's stages follow one another; a generate job's overlap, so that the slowest
+    decides, its queue's workers sharing it."""
+    unit = sum(speeds[stage] / PRIOR[stage] for stage in speeds) / len(speeds)
+    within: dict[Stage, float] = {}
+    for one in measured.live:
+        if isinstance(spec, FinetuneSpec) and one.stage in TRAINING:
+            within[one.stage] = _within(spec, one)
+    seconds = {
+        stage: max(0.0, units - within.get(stage, 0.0)) * speeds.get(stage, unit * PRIOR[stage])
+        for stage, units in remaining.items()
+    }
+    if isinstance(spec, FinetuneSpec):
+        return round(sum(seconds.values()), 1)
+    shared = {stage: s / max(1, measured.workers.get(QUEUE_OF[stage], 0)) for stage, s in seconds.items()}
+    return round(max(shared.values()) + seconds["manifest"], 1)

@@ -1,0 +1,1 @@
+"""How the built-in foundation was made: `python -m meddiff.pretraining`, see docs/foundation.md."""

@@ -1,0 +1,308 @@
+"""Guided inpainting (eq. 2 of the paper): lesions painted into backgrounds, or out of them, and nothing else changed.
+
+Images are uint8 (H, W, C), masks bool (H, W), of any size; the network works in a square window around the guide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from meddiff.contracts.manifest import Window
+from meddiff.contracts.recipes import Recipe
+from meddiff.science import geometry
+from meddiff.science.finetune import as_model_input
+from meddiff.science.foundation import Foundation, decode, embed_prompt, encode, vae_factor
+from meddiff.science.geometry import Field, Image, Mask
+
+EARLY_REACH = 1 / 16
+"""How far M reaches beyond the guide at the noisiest step, as a share of the latents' side."""
+SEAM_SCALE = 1 / 32
+"""Width over which colours are compared across the guide's rim, as a share of the window's side."""
+FEATHER = 2.0
+"""Pixels inside the guide over which the painting fades in."""
+NEVER: Callable[[], bool] = lambda: False  # noqa: E731
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """One image to paint: background (H, W, C), shape and guide (H, W), the composite to start from where strength is
+    below 1, and the seed its noise is drawn from."""
+
+    background: Image
+    shape: Mask
+    guide: Mask
+    start: Image | None
+    seed: int
+
+
+def inpaint(
+    f: Foundation, canvases: Sequence[Canvas], recipe: Recipe, should_stop: Callable[[], bool] = NEVER
+) -> list[Image]:
+    """Paint each canvas; outside its guide an image equals its background bit for bit.
+
+    Always runs full batches (the last canvas fills up the last one), so the bytes of an image do not depend on what
+    came with it. Returns those that were finished when ``should_stop`` said so. Raises ``ValueError`` for an empty
+    guide.
+    """
+    size = recipe.inpainting.batch_size
+    images: list[Image] = []
+    for first in range(0, len(canvases), size):
+        batch = list(canvases[first : first + size])
+        views = [_view(canvas, recipe) for canvas in batch]
+        latents = _solve(f, views + views[-1:] * (size - len(views)), recipe, should_stop)
+        if latents is None:
+            break
+        painted = decode(f, latents).cpu().numpy().transpose(0, 2, 3, 1)
+        images += [
+            _composite(canvas, view, (pixels + 1) * np.float32(127.5))
+            for canvas, view, pixels in zip(batch, views, painted, strict=False)
+        ]
+    return images
+
+
+def repair(f: Foundation, image: Image, lesion_mask: Mask, recipe: Recipe, seed: int) -> Image:
+    """The image with its lesion painted over as healthy tissue; unchanged outside the guide of the lesion.
+
+    With ``separate_repair``, ``f`` holds the paper's second U-Net: its mask channel knows only paint and keep.
+    """
+    guide = geometry.guide_of(lesion_mask, recipe.inpainting.guide_margin)
+    shape = guide if recipe.finetuning.separate_repair else np.zeros_like(guide)
+    window = geometry.window_around(guide, 1.5)
+    start = _pasted(image, _surroundings(image, guide, window)[1], window, guide)
+    return inpaint(f, [Canvas(image, shape, guide, start, seed)], recipe)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ eq. 2
+
+
+@dataclass(frozen=True)
+class _View:
+    """A canvas as the network sees it, in its window at the model's resolution: pixels (r, r, C) in 0..255."""
+
+    window: Window
+    background: Field
+    start: Field | None
+    shape: Mask
+    guide: Mask
+    seed: int
+
+
+def _view(canvas: Canvas, recipe: Recipe) -> _View:
+    window = geometry.window_around(canvas.guide, recipe.inpainting.context)
+    size = (recipe.foundation.resolution, recipe.foundation.resolution)
+
+    def pixels(image: Image) -> Field:
+        return geometry.resize_image(geometry.crop_window(image, window).astype(np.float32), size)
+
+    def covered(mask: Mask) -> Mask:
+        return geometry.resize_mask(geometry.extend_window(mask, window), size)
+
+    shape = covered(canvas.shape)
+    start = pixels(canvas.start) if canvas.start is not None and recipe.inpainting.strength < 1 else None
+    return _View(window, pixels(canvas.background), start, shape, covered(canvas.guide) | shape, canvas.seed)
+
+
+@torch.no_grad()
+def _solve(f: Foundation, views: Sequence[_View], recipe: Recipe, should_stop: Callable[[], bool]) -> Tensor | None:
+    """Clean latents (n, 4, h, w) by DDIM with the background held in place at every step (eq. 2); None if stopped.
+
+    The solver walks the last ``strength`` of its trailing timesteps, from the composite noised to the first of them;
+    without a composite it walks them all, from noise. The original that M holds in place is the composite as well:
+    outside the guide it is the background, and inside nothing of what the background had there shines through.
+    """
+    settings = recipe.inpainting
+    factor = vae_factor(f)
+    originals = [view.background if view.start is None else view.start for view in views]
+    original = encode(f, torch.stack([as_model_input(pixels) for pixels in originals]))
+    masked = torch.stack([as_model_input(v.background) * torch.from_numpy(~v.guide) for v in views])
+    masked_latents = encode(f, masked)
+    mask = torch.stack([torch.from_numpy(geometry.condition_mask(v.shape, v.guide, factor))[None] for v in views])
+    cells = np.stack([geometry.guide_cells(v.guide, factor) for v in views])
+    noise = torch.stack(
+        [torch.randn(original.shape[1:], generator=torch.Generator().manual_seed(v.seed)) for v in views]
+    )
+    mask, noise = mask.to(f.device), noise.to(f.device)
+    prompts = torch.cat([embed_prompt(f, prompt) for prompt in (recipe.finetuning.prompt, "")])
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        """The U-Net's prediction, away from the empty prompt where ``guidance_scale`` asks for it."""
+        inputs = f.unet_input(x, mask, masked_latents)
+        with f.autocast():
+            wanted: Tensor = f.unet(inputs, t, prompts[:1].expand(len(x), -1, -1)).sample.float()
+            if settings.guidance_scale == 1:
+                return wanted
+            plain: Tensor = f.unet(inputs, t, prompts[1:].expand(len(x), -1, -1)).sample.float()
+        return plain + settings.guidance_scale * (wanted - plain)
+
+    started = all(view.start is not None for view in views)
+    steps = solver_timesteps(f, settings.solver_steps, settings.strength if started else 1.0).to(f.device)
+    alpha, beta = f.alpha_beta(steps[:1])
+    x = alpha * original + beta * noise
+    for t, previous in pairwise(steps):
+        if should_stop():
+            return None
+        alpha, beta = f.alpha_beta(t[None])
+        clean = f.predicted_clean(predict(x, t), x, t[None])
+        epsilon = (x - alpha * clean) / beta
+        alpha, beta = f.alpha_beta(previous[None])
+        denoised = alpha * clean + beta * epsilon
+        kept = alpha * original + beta * noise
+        reach = EARLY_REACH * cells.shape[-1] * float(beta) if settings.adaptive_guide else 0.0
+        m = torch.from_numpy(guide_at(cells, reach))[:, None].to(f.device)
+        x = m * denoised + (1 - m) * kept
+    return x
+
+
+def solver_timesteps(f: Foundation, solver_steps: int, strength: float) -> Tensor:
+    """The last ``strength`` of ``solver_steps`` trailing timesteps (Lin et al., WACV 2024), at least one, and -1, the
+    clean end."""
+    f.scheduler.set_timesteps(solver_steps)
+    walked = max(1, round(strength * solver_steps))
+    return torch.cat([f.scheduler.timesteps[-walked:], torch.tensor([-1])])
+
+
+def guide_at(cells: NDArray[np.bool_], reach: float) -> Field:
+    """M of eq. 2 (n, h, w) in [0, 1]: 1 in the guide's cells, falling to 0 over ``reach`` cells around them. The reach
+    shrinks with the noise, so M is wide and soft early and exactly the guide in the end."""
+    if reach <= 0:
+        return cells.astype(np.float32)
+    distance = np.stack([ndimage.distance_transform_edt(~one) for one in cells])
+    return np.clip(1 - distance / (reach + 1), 0, 1).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------- back to the image
+
+
+def _composite(canvas: Canvas, view: _View, painted: Field) -> Image:
+    """The canvas with ``painted`` (r, r, C) in its guide at native size: colours mended at the rim, faded in over a few
+    pixels inside it, rounded, pasted."""
+    channels = canvas.background.shape[2]
+    if channels == 1:
+        painted = painted.mean(axis=2, keepdims=True)
+    mended = painted + seam_correction(painted, view.background, view.shape, view.guide)
+    side = view.window.side
+    patch = geometry.resize_image(mended, (side, side))
+    below = geometry.crop_window(canvas.background, view.window).astype(np.float32)
+    depth = ndimage.distance_transform_edt(geometry.extend_window(canvas.guide, view.window))[..., None]
+    opacity = np.clip(depth / (FEATHER + 1), 0, 1)
+    patch = below + opacity * (patch - below)
+    return geometry.paste(
+        canvas.background, np.clip(np.rint(patch), 0, 255).astype(np.uint8), view.window, canvas.guide
+    )
+
+
+def seam_correction(painted: Field, background: Field, shape: Mask, guide: Mask) -> Field:
+    """What to add inside the guide so that the painting meets the background's colours at the rim.
+
+    Just outside the rim the background's local mean colour is taken, just inside it that of the ring painted as healthy
+    tissue; their difference, which both Gaussian means carry inwards, fades over the ring. Where the shape itself
+    touches the rim nothing is known, and nothing is changed. All at the model's resolution.
+    """
+    scale = SEAM_SCALE * guide.shape[0]
+    depth = ndimage.distance_transform_edt(guide)
+    height = ndimage.distance_transform_edt(~guide)
+    near_shape = ndimage.distance_transform_edt(~shape) if shape.any() else np.full(shape.shape, np.inf)
+    inside = np.where(guide & (near_shape > 1), np.exp(-((depth / scale) ** 2)), 0)
+    outside = np.where(~guide, np.exp(-((height / scale) ** 2)), 0)
+
+    def local_mean(image: Field, weight: NDArray[np.floating]) -> tuple[Field, Field]:
+        known = weight[..., None].astype(np.float32)
+        total = ndimage.gaussian_filter(known, (scale, scale, 0))
+        return ndimage.gaussian_filter(known * image, (scale, scale, 0)) / np.maximum(total, 1e-6), total
+
+    there, out_weight = local_mean(background, outside)
+    here, in_weight = local_mean(painted, inside)
+    known = np.clip(np.minimum(out_weight, in_weight) / 1e-3, 0, 1)
+    fade = np.exp(-((depth / (2 * scale)) ** 2))[..., None]
+    return np.where(guide[..., None], known * fade * (there - here), 0).astype(np.float32)
+
+
+# -------------------------------------------------------------------------------------------- the composite to start
+
+
+def fit_lesion(background: Image, shape: Mask, guide: Mask, donor_image: Image, donor_mask: Mask) -> Image:
+    """The composite that strength below 1 starts from: a real lesion fitted into the shape.
+
+    The donor's lesion is moved by the affine map between the second moments of the two masks (the optimal transport
+    between Gaussians: no needless turn); beyond its own rim it goes on with its nearest pixel. Its contrast to the
+    donor's surroundings is laid on the new surroundings, which fill the whole guide from outside it.
+    """
+    window = geometry.window_around(guide, 1.5)
+    smooth, ring = _surroundings(background, guide, window)
+    inner = geometry.extend_window(shape, window)
+    contrast = _donor_contrast(donor_image, donor_mask, inner, background.shape[2])
+    lesion = contrast * (smooth + SHADE) - SHADE
+    softness = max(0.7, 0.015 * geometry.equivalent_diameter(shape))
+    opacity = ndimage.gaussian_filter(inner.astype(np.float32), softness)[..., None]
+    return _pasted(background, ring + opacity * (lesion - ring), window, guide)
+
+
+SHADE = 12.0
+"""Grey levels added before contrasts are taken as ratios, so that near-black surroundings do not blow them up."""
+
+
+def _surroundings(background: Image, guide: Mask, window: Window) -> tuple[Field, Field]:
+    """The window of the background with its guide filled from outside: smoothly, and with mirrored texture as well.
+    The pixels next to the guide do not count: they may be the rim of an old lesion, or the frame of a picture."""
+    around = geometry.crop_window(background, window).astype(np.float32)
+    hole = geometry.extend_window(geometry.dilate(guide, FEATHER), window)
+    smooth = geometry.smooth_fill(around, hole)
+    return smooth, smooth + geometry.mirrored_detail(around, hole)
+
+
+def _pasted(background: Image, patch: Field, window: Window, guide: Mask) -> Image:
+    return geometry.paste(background, np.clip(np.rint(patch), 0, 255).astype(np.uint8), window, guide)
+
+
+def _donor_contrast(donor_image: Image, donor_mask: Mask, shape: Mask, channels: int) -> Field:
+    """The donor's lesion over its surroundings (h, w, channels), a ratio, in the frame of ``shape`` (h, w)."""
+    margin = geometry.guide_of(donor_mask, 0.1)
+    window = geometry.window_around(margin, 1.5)
+    image = geometry.crop_window(donor_image, window).astype(np.float32)
+    lesion = geometry.crop_window(donor_mask, window)
+    if image.shape[2] != channels:
+        image = np.broadcast_to(image.mean(axis=2, keepdims=True), (*image.shape[:2], channels))
+    ratio = (image + SHADE) / (geometry.smooth_fill(image, geometry.extend_window(margin, window)) + SHADE)
+    nearest = ndimage.distance_transform_edt(~lesion, return_distances=False, return_indices=True)
+    ratio = ratio[nearest[0], nearest[1]]
+    scale = geometry.equivalent_diameter(shape) / geometry.equivalent_diameter(lesion)
+    if scale < 1:
+        size = (max(8, round(lesion.shape[0] * scale)), max(8, round(lesion.shape[1] * scale)))
+        ratio, lesion = geometry.resize_image(ratio, size), geometry.resize_mask(lesion, size)
+    from_centre, from_spread = _moments(lesion)
+    to_centre, to_spread = _moments(shape)
+    transport = _gaussian_transport(to_spread, from_spread)
+    grid = np.stack(np.mgrid[: shape.shape[0], : shape.shape[1]]).reshape(2, -1).astype(np.float64)
+    places = from_centre[:, None] + transport @ (grid - to_centre[:, None])
+    sampled: list[Field] = [
+        ndimage.map_coordinates(ratio[..., c], places, order=1, mode="nearest").reshape(shape.shape)
+        for c in range(channels)
+    ]
+    return np.stack(sampled, axis=2).astype(np.float32)
+
+
+def _moments(mask: Mask) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Centroid (2,) and covariance (2, 2) of a mask's pixels, each pixel a unit square."""
+    places = np.stack(np.nonzero(mask)).astype(np.float64)
+    centre = places.mean(axis=1)
+    offsets = places - centre[:, None]
+    return centre, offsets @ offsets.T / places.shape[1] + np.eye(2) / 12
+
+
+def _gaussian_transport(source: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The symmetric matrix A with A source A = target: optimal transport between centred Gaussians."""
+
+    def root(matrix: NDArray[np.float64], power: float) -> NDArray[np.float64]:
+        values, vectors = np.linalg.eigh(matrix)
+        return np.asarray((vectors * np.maximum(values, 1e-9) ** power) @ vectors.T)
+
+    half, inverse = root(source, 0.5), root(source, -0.5)
+    return inverse @ root(half @ target @ half, 0.5) @ inverse

@@ -1,0 +1,309 @@
+"""The mask generator: a DDPM on binary masks (section 2.1 of the paper), and a geometric family for too few masks.
+
+Masks live in a square frame to which the whole image is stretched, so that a shape's place in the image is learnt too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor, nn
+
+from meddiff.contracts.recipes import MaskGeneration, Recipe
+from meddiff.science.geometry import Field, Mask, resize_image, resize_mask
+from meddiff.science.training import StepLog, TrainingState, train_segment, warmup
+from meddiff.seeds import derive
+
+__all__ = ["build", "geometric", "load", "place", "sample", "train"]
+
+SAMPLED_AT_ONCE = 8
+FINER = 4  # A sampled shape is thresholded on a grid this many times finer than the network's.
+REDRAWS = 4
+SPECK = 0.02  # A component below this share of the largest one's area is noise.
+AREA_SLACK = 1.25  # A sample's area may leave the range of the real ones by this factor.
+
+SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+
+
+def build(settings: MaskGeneration) -> UNet2DModel:
+    """The U-Net on masks (n, 1, res, res): one level a width, attention at the lowest; random weights."""
+    levels = len(settings.widths)
+    return UNet2DModel(
+        sample_size=settings.resolution,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=settings.widths,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+        norm_num_groups=int(np.gcd.reduce([8, *settings.widths])),
+    )
+
+
+def load(folder: Path) -> UNet2DModel:
+    """The U-Net that ``save_pretrained`` left in a folder."""
+    unet = UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    return unet.to(_device()).eval()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def train(
+    masks: Sequence[Mask],
+    recipe: Recipe,
+    seed: int,
+    state: TrainingState | None,
+    stop_step: int,
+    on_step: Callable[[StepLog], None],
+    should_stop: Callable[[], bool],
+) -> TrainingState:
+    """Train the DDPM on ``masks`` (H, W) from ``state`` (None: random weights of this seed) up to ``stop_step``.
+
+    The loss is the mean square of v-prediction; step s draws masks, augmentation, timesteps and noise from its own
+    seed. Raises ``ValueError`` if a mask is empty or there is none.
+    """
+    settings = recipe.mask_generation
+    if not masks or not all(mask.any() for mask in masks):
+        raise ValueError("the mask generator needs masks, none of them empty")
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(derive(seed, "mask_generator", "weights"))
+        unet = build(settings)
+    unet = unet.to(_device())
+    clean = torch.stack([_signed(mask, settings.resolution) for mask in masks])
+    scheduler = DDPMScheduler(**SCHEDULE)
+
+    def loss_at(model: nn.Module, step: int, accelerator: Accelerator) -> Tensor:
+        n = settings.batch_size
+        draw = torch.Generator().manual_seed(derive(seed, "mask_generator", step))
+        chosen = torch.randint(len(clean), (n,), generator=draw)
+        x = _augmented(clean[chosen], draw)
+        strata = (torch.randperm(n, generator=draw) + torch.rand(n, generator=draw)) / n
+        t = (strata * scheduler.config.num_train_timesteps).long()
+        noise = torch.randn(x.shape, generator=draw)
+        mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        x, t, noise = (part[mine].to(accelerator.device) for part in (x, t, noise))
+        noisy = scheduler.add_noise(x, noise, t)
+        return F.mse_loss(model(noisy, t).sample, scheduler.get_velocity(x, noise, t))
+
+    return train_segment(
+        unet,
+        loss_at,
+        state,
+        total=settings.steps,
+        stop_step=stop_step,
+        learning_rate=lambda step: warmup(step, settings.steps, settings.learning_rate, 20, cosine=True),
+        ema_decay=settings.ema_decay,
+        on_step=on_step,
+        should_stop=should_stop,
+    )
+
+
+def _signed(mask: Mask, resolution: int) -> Tensor:
+    """The mask in the low-resolution frame (1, res, res): 1 inside, -1 outside, in between where a cell is cut."""
+    covered = resize_image(mask.astype(np.float32)[..., None], (resolution, resolution))[..., 0]
+    return torch.from_numpy(2 * np.clip(covered, 0, 1) - 1)[None]
+
+
+def _augmented(x: Tensor, draw: torch.Generator) -> Tensor:
+    """Masks (n, 1, s, s) mirrored left to right, turned and scaled a little about their own centre and moved a little;
+    those that do not touch the frame are mirrored top to bottom about their own centre as well."""
+    n, size = len(x), x.shape[-1]
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, generator=draw)
+
+    x = torch.where((torch.rand(n, generator=draw) < 0.5)[:, None, None, None], x.flip(-1), x)
+    inside = (x[:, 0] + 1) / 2
+    axis = (torch.arange(size) + 0.5) * 2 / size - 1
+    mass = inside.sum(dim=(1, 2)).clamp(min=1e-6)
+    centre = torch.stack([(inside * axis).sum(dim=(1, 2)), (inside * axis[:, None]).sum(dim=(1, 2))], dim=1)
+    centre = centre / mass[:, None]
+    rim = torch.cat([x[:, 0, 0], x[:, 0, -1], x[:, 0, :, 0], x[:, 0, :, -1]], dim=1)
+    mirrored = (rim.amax(dim=1) < 0) & (torch.rand(n, generator=draw) < 0.5)
+    angle, wide, high = uniform(-0.35, 0.35), uniform(-0.12, 0.12).exp(), uniform(-0.12, 0.12).exp()
+    moved = torch.stack([uniform(-0.08, 0.08), uniform(-0.08, 0.08)], dim=1)
+    high = torch.where(mirrored, -high, high)
+    linear = torch.stack(
+        [
+            torch.stack([angle.cos() * wide, -angle.sin() * wide], dim=1),
+            torch.stack([angle.sin() * high, angle.cos() * high], dim=1),
+        ],
+        dim=1,
+    )
+    shift = centre - (linear @ (centre + moved)[..., None])[..., 0]
+    theta = torch.cat([linear, shift[..., None]], dim=2)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+# --------------------------------------------------------------------------------------------------------- sampling
+
+
+@torch.no_grad()
+def sample(unet: UNet2DModel, recipe: Recipe, seeds: Sequence[int], masks: Sequence[Mask]) -> list[Mask]:
+    """A shape for each seed by DDIM: bool (4 res, 4 res) in the frame of the whole image, never empty.
+
+    Each seed has its own noise, and the batch is always of the same size, so a shape depends on its seed alone. What
+    does not look like one of the real ``masks`` (nothing, or far smaller or larger than any) is drawn again a few
+    times; then it is a geometric one.
+    """
+    real = _Real.of(masks)
+    size = recipe.mask_generation.resolution * FINER
+    shapes: dict[int, Mask] = {}
+    for attempt in range(1 + REDRAWS):
+        missing = [seed for seed in seeds if seed not in shapes]
+        noises = [derive(seed, "redraw", attempt) if attempt else seed for seed in missing]
+        for seed, field in zip(missing, _ddim(unet, recipe.mask_generation, noises), strict=True):
+            shape = tidy(resize_image(field[..., None], (size, size))[..., 0] > 0, real.have_holes)
+            if real.smallest / AREA_SLACK <= shape.mean() <= real.largest * AREA_SLACK:
+                shapes[seed] = shape
+    return [shapes[seed] if seed in shapes else geometric(masks, seed, size) for seed in seeds]
+
+
+def _ddim(unet: UNet2DModel, settings: MaskGeneration, seeds: Sequence[int]) -> list[Field]:
+    """Fields (res, res) in [-1, 1], one a seed: deterministic DDIM (eta 0) from trailing timesteps."""
+    scheduler = DDIMScheduler(**SCHEDULE, timestep_spacing="trailing", clip_sample=True)
+    scheduler.set_timesteps(settings.sampling_steps)
+    shape = (1, settings.resolution, settings.resolution)
+    fields: list[Field] = []
+    for first in range(0, len(seeds), SAMPLED_AT_ONCE):
+        batch = list(seeds[first : first + SAMPLED_AT_ONCE])
+        full = batch + batch[-1:] * (SAMPLED_AT_ONCE - len(batch))
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in full]
+        x = torch.stack(noise).to(unet.device)
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+        fields += list(x[: len(batch), 0].cpu().numpy())
+    return fields
+
+
+def tidy(shape: Mask, keep_holes: bool) -> Mask:
+    """The shape without specks and, unless ``keep_holes``, without holes."""
+    components, count = ndimage.label(shape, np.ones((3, 3)))
+    if count == 0:
+        return shape.copy()
+    areas = np.bincount(components.ravel())
+    areas[0] = 0
+    kept = (areas >= SPECK * areas.max())[components] & shape
+    return kept if keep_holes else np.asarray(ndimage.binary_fill_holes(kept))
+
+
+@dataclass(frozen=True)
+class _Real:
+    """What the real masks say of how a shape may look: their smallest and largest share of the image, and holes."""
+
+    smallest: float
+    largest: float
+    have_holes: bool
+
+    @classmethod
+    def of(cls, masks: Sequence[Mask]) -> _Real:
+        areas = [float(mask.mean()) for mask in masks]
+        holes = [(ndimage.binary_fill_holes(mask) & ~mask).sum() > SPECK * mask.sum() for mask in masks]
+        return cls(min(areas), max(areas), any(holes))
+
+
+def place(shape: Mask, size: tuple[int, int]) -> Mask:
+    """A shape (h, w) in the frame of the whole image at the image's ``size`` (H, W), with a smooth outline.
+
+    Enlarged by a cubic kernel after a blur of one of its pixels, and cut at the level that keeps its share of the
+    image, so smoothing takes nothing off. One that shrinks is averaged over areas. Never empty unless ``shape`` is.
+    """
+    if shape.shape == size or not shape.any() or shape.all():
+        return shape.copy() if shape.shape == size else np.full(size, bool(shape.any()))
+    if shape.shape[0] >= size[0] and shape.shape[1] >= size[1]:
+        placed = resize_mask(shape, size)
+        return placed if placed.any() else _largest(resize_image(shape.astype(np.float32)[..., None], size)[..., 0], 1)
+    soft = ndimage.gaussian_filter(shape.astype(np.float32), 1.0, mode="nearest")
+    enlarged = resize_image(soft[..., None], size)[..., 0]
+    return _largest(enlarged, max(1, round(float(shape.mean()) * enlarged.size)))
+
+
+def _largest(field: Field, count: int) -> Mask:
+    """The pixels whose value is at least the ``count``-th largest."""
+    return np.asarray(field >= np.partition(field, -count, axis=None)[-count])
+
+
+# -------------------------------------------------------------------------------------------------- geometric family
+
+
+HARMONICS = 8
+ANGLES = 96
+
+
+@dataclass(frozen=True)
+class _Blob:
+    """A star-shaped outline in the unit frame. ``centre`` (y, x); log radius over the angle = ``log_radius`` plus a
+    Fourier series with complex coefficients ``lobes`` of orders 1 to 8; order 2 is the elongation."""
+
+    centre: NDArray[np.float64]
+    log_radius: float
+    lobes: NDArray[np.complex128]
+
+
+def geometric(masks: Sequence[Mask], seed: int, size: int = 128) -> Mask:
+    """A shape (size, size) of a family fitted to real masks (H, W), at least one: the place, size and elongation of one
+    of them changed by about the spread of all, lobes of the real strength in new places.
+
+    Raises ``ValueError`` if no mask holds anything.
+    """
+    blobs = [_blob(resize_mask(mask, (size, size))) for mask in masks if mask.any()]
+    if not blobs:
+        raise ValueError("a geometric shape needs at least one mask that is not empty")
+    rng = np.random.default_rng(seed)
+    base = blobs[rng.integers(len(blobs))]
+    bandwidth = 0.5 * len(blobs) ** -0.2
+    centre = base.centre + rng.normal(0, _spread([b.centre for b in blobs], 0.06) * bandwidth)
+    log_radius = base.log_radius + rng.normal(0, _spread([b.log_radius for b in blobs], 0.15) * bandwidth)
+    strength = np.sqrt(np.mean([np.abs(b.lobes) ** 2 for b in blobs], axis=0))
+    lobes = np.abs(base.lobes) * rng.uniform(0.5, 1.5, HARMONICS) + 0.25 * strength
+    phases = np.where(np.arange(1, HARMONICS + 1) == 2, np.angle(base.lobes) + rng.normal(0, 0.4), rng.uniform(0, 7, 8))
+    return _drawn(_Blob(centre, log_radius, lobes * np.exp(1j * phases)), size)
+
+
+def _spread(values: Sequence[NDArray[np.float64] | float], least: float) -> NDArray[np.float64]:
+    return np.asarray(np.maximum(np.std(np.asarray(values), axis=0), least))
+
+
+def _blob(mask: Mask) -> _Blob:
+    """The outline of a mask's largest component, seen from its centroid."""
+    components, count = ndimage.label(mask, np.ones((3, 3)))
+    if count == 0:
+        components, count = np.ones(mask.shape, np.int32), 1
+    main = components == 1 + np.argmax(np.bincount(components.ravel())[1:])
+    y, x = np.nonzero(main)
+    centre = np.array([y.mean(), x.mean()])
+    distance = np.hypot(y - centre[0], x - centre[1])
+    sector = ((np.arctan2(y - centre[0], x - centre[1]) / (2 * np.pi) * ANGLES).round() % ANGLES).astype(int)
+    radius = np.full(ANGLES, 0.5)
+    np.maximum.at(radius, sector, distance)
+    spectrum = np.fft.fft(np.log(radius)) / ANGLES
+    return _Blob(
+        (centre + 0.5) / mask.shape[0], float(np.log(np.sqrt(main.mean() / np.pi))), spectrum[1 : HARMONICS + 1]
+    )
+
+
+def _drawn(blob: _Blob, size: int) -> Mask:
+    axis = (np.arange(size) + 0.5) / size
+    y, x = axis[:, None] - blob.centre[0], axis[None, :] - blob.centre[1]
+    angle = np.arctan2(y, x)
+    orders = np.arange(1, HARMONICS + 1)
+    waves = 2 * np.real(blob.lobes * np.exp(1j * orders * angle[..., None])).sum(axis=-1)
+    shape = np.asarray(np.hypot(y, x) <= np.exp(blob.log_radius + waves - waves.var()))
+    row, column = np.clip((blob.centre * size).astype(int), 0, size - 1)
+    shape[row, column] = True
+    return shape

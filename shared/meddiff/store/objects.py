@@ -1,0 +1,269 @@
+"""The object store: what it promises, and nothing of how S3 is spoken beyond this file."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import urllib3
+from minio import Minio
+from minio.deleteobjects import DeleteObject
+from minio.error import InvalidResponseError, S3Error, ServerError
+from pydantic import BaseModel
+
+from meddiff.contracts.base import canonical_json
+from meddiff.settings import Settings
+from meddiff.store.retry import RetryPolicy
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+_REGION = "us-east-1"  # Named so that no client asks the store for it; presigning needs no request at all.
+_PAGE = 1000
+_MISSING = frozenset({"NoSuchKey", "NoSuchObject"})
+_TRANSIENT = frozenset({"InternalError", "ServiceUnavailable", "SlowDown", "SlowDownWrite", "RequestTimeout"})
+
+
+class NotFound(Exception):
+    """There is no object of that key."""
+
+
+class StoreUnavailable(Exception):
+    """The store did not answer within the deadline, or refuses what the service must be able to do."""
+
+
+class ObjectStore:
+    """One bucket. Every call is retried under one policy; none is hidden in the client below it.
+
+    Every method raises ``StoreUnavailable`` where the store cannot be reached within the policy's deadline, refuses
+    the credentials or lacks the bucket.
+    """
+
+    def __init__(self, settings: Settings, retry: RetryPolicy) -> None:
+        self.bucket = settings.s3_bucket
+        self._retry = retry
+        self._http = urllib3.PoolManager(
+            timeout=urllib3.Timeout(connect=5, read=60), maxsize=16, retries=False, cert_reqs="CERT_REQUIRED"
+        )
+        self._client = self._connect(settings, settings.s3_endpoint)
+        self._public = self._connect(settings, settings.s3_public_endpoint or settings.s3_endpoint)
+
+    @classmethod
+    def from_settings(cls, settings: Settings, retry: RetryPolicy | None = None) -> ObjectStore:
+        """The service's own bucket, as the settings name it."""
+        return cls(settings, retry or RetryPolicy())
+
+    def of_bucket(self, bucket: str) -> ObjectStore:
+        """Another bucket of the same store, with the same credentials; whether it may be read is for the caller."""
+        other = copy.copy(self)
+        other.bucket = bucket
+        return other
+
+    def _connect(self, settings: Settings, endpoint: str) -> Minio:
+        return Minio(
+            endpoint=endpoint,
+            access_key=settings.s3_access_key.get_secret_value(),
+            secret_key=settings.s3_secret_key.get_secret_value(),
+            secure=settings.s3_secure,
+            region=_REGION,
+            http_client=self._http,
+        )
+
+    def ping(self) -> None:
+        """Returns if the store answers and the bucket is there; tries once, for a probe that asks again by itself."""
+        if not self._guard(lambda: self._client.bucket_exists(bucket_name=self.bucket), retry=RetryPolicy(deadline=0)):
+            raise StoreUnavailable(f"the store has no bucket {self.bucket}")
+
+    def ensure_bucket(self) -> None:
+        """The bucket exists afterwards, whoever made it."""
+
+        def make() -> None:
+            try:
+                if not self._client.bucket_exists(bucket_name=self.bucket):
+                    self._client.make_bucket(bucket_name=self.bucket)
+            except S3Error as error:
+                if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                    raise
+
+        self._guard(make)
+
+    def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
+        """``key`` holds ``data`` afterwards, whole: a reader sees the object before or after, never in between."""
+        self._guard(
+            lambda: self._client.put_object(
+                bucket_name=self.bucket,
+                object_name=key,
+                data=io.BytesIO(data),
+                length=len(data),
+                content_type=content_type,
+            )
+        )
+
+    def put_json(self, key: str, value: BaseModel) -> None:
+        """``put`` of the canonical JSON of ``value``: equal values are equal bytes."""
+        self.put(key, canonical_json(value), "application/json")
+
+    def create(self, key: str, data: bytes, content_type: str = "application/json") -> bool:
+        """Conditional create (``If-None-Match: *``, RFC 9110 section 13.1.2): whether this call made the object.
+
+        Of any number of callers exactly one is told ``True``, and its bytes stay. Where an answer was lost on the way
+        the stored bytes decide, so callers that compete must not write equal bytes.
+        """
+        tries = itertools.count()
+
+        def attempt() -> bool:
+            again = next(tries) > 0
+            url = self._client.get_presigned_url("PUT", self.bucket, key, expires=timedelta(minutes=5))
+            headers = {"If-None-Match": "*", "Content-Type": content_type}
+            response = self._http.request("PUT", url, body=data, headers=headers)
+            if response.status in (409, 412):
+                return again and self._read(key) == data
+            if response.status != 200:
+                raise ServerError(f"conditional create answered {response.status}", response.status)
+            return True
+
+        return self._guard(attempt)
+
+    def create_json(self, key: str, value: BaseModel) -> bool:
+        """``create`` of the canonical JSON of ``value``."""
+        return self.create(key, canonical_json(value))
+
+    def get(self, key: str) -> bytes:
+        """The whole object. Raises ``NotFound``."""
+        return self._guard(lambda: self._read(key), key)
+
+    def get_json(self, key: str, model: type[M]) -> M:
+        """The object as a ``model``. Raises ``NotFound``, and ``ValidationError`` for another schema."""
+        return model.model_validate_json(self.get(key))
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object of that key."""
+        try:
+            self._stat(key)
+        except NotFound:
+            return False
+        return True
+
+    def modified(self, key: str) -> datetime:
+        """When the object was last written, in UTC. Raises ``NotFound``."""
+        written = self._stat(key).last_modified
+        assert isinstance(written, datetime)
+        return written
+
+    def size(self, key: str) -> int:
+        """The object's size in bytes. Raises ``NotFound``."""
+        return int(self._stat(key).size)
+
+    def list(self, prefix: str, start_after: str | None = None) -> Iterator[str]:
+        """Keys under ``prefix`` at any depth, those after ``start_after`` only. Keys that are siblings of one fixed
+        width come in ascending order; nothing is promised of the order across folders."""
+        page = self._page(prefix, start_after)
+        yield from page
+        while len(page) == _PAGE:
+            page = self._page(prefix, page[-1])
+            yield from page
+
+    def children(self, prefix: str) -> tuple[str, ...]:
+        """Names directly under ``prefix`` (which ends in ``/``), objects and folders alike, ascending."""
+
+        def attempt() -> tuple[str, ...]:
+            found = self._client.list_objects(bucket_name=self.bucket, prefix=prefix)
+            return tuple(sorted({str(o.object_name)[len(prefix) :].rstrip("/") for o in found} - {""}))
+
+        return self._guard(attempt)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """None of ``keys`` exists afterwards; one that never did is no fault."""
+        for batch in _batches(keys):
+
+            def attempt(batch: tuple[str, ...] = batch) -> None:
+                doomed = [DeleteObject(key) for key in batch]
+                for error in self._client.remove_objects(bucket_name=self.bucket, delete_object_list=doomed):
+                    if error.code not in _MISSING:
+                        raise ServerError(f"not deleted: {error.code}", 500)
+
+            self._guard(attempt)
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Nothing that was under ``prefix`` at the call exists afterwards."""
+        self.delete(tuple(self.list(prefix)))
+
+    def presigned_get(self, key: str, expires: timedelta = timedelta(hours=1)) -> str:
+        """A link that reads the object for a while (at most 7 days), at the public endpoint. Nothing is asked of the
+        store: the link of a missing object answers 404."""
+        return str(self._public.presigned_get_object(bucket_name=self.bucket, object_name=key, expires=expires))
+
+    def upload_file(self, key: str, path: Path, content_type: str = "application/octet-stream") -> None:
+        """``put`` of a file of any size, in parts, without holding it in memory."""
+        self._guard(
+            lambda: self._client.fput_object(
+                bucket_name=self.bucket, object_name=key, file_path=str(path), content_type=content_type
+            )
+        )
+
+    def download_file(self, key: str, path: Path) -> None:
+        """The object as the file ``path``, which appears whole or not at all, whoever else downloads it.
+
+        Raises ``NotFound``.
+        """
+        partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
+        try:
+            self._guard(
+                lambda: self._client.fget_object(bucket_name=self.bucket, object_name=key, file_path=str(partial)), key
+            )
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _stat(self, key: str) -> Any:
+        return self._guard(lambda: self._client.stat_object(bucket_name=self.bucket, object_name=key), key)
+
+    def _read(self, key: str) -> bytes:
+        response = self._client.get_object(bucket_name=self.bucket, object_name=key)
+        try:
+            return bytes(response.read())
+        finally:
+            response.close()
+            response.release_conn()
+
+    def _page(self, prefix: str, start_after: str | None) -> tuple[str, ...]:
+        def attempt() -> tuple[str, ...]:
+            found = self._client.list_objects(
+                bucket_name=self.bucket, prefix=prefix, recursive=True, start_after=start_after
+            )
+            return tuple(str(o.object_name) for o in itertools.islice(found, _PAGE))
+
+        return self._guard(attempt)
+
+    def _guard(self, attempt: Callable[[], T], key: str | None = None, retry: RetryPolicy | None = None) -> T:
+        """``attempt`` under the retry policy, its errors in this module's terms."""
+        try:
+            return (retry or self._retry)(attempt, _is_transient)
+        except S3Error as error:
+            if key is not None and error.code in _MISSING:
+                raise NotFound(key) from None
+            raise StoreUnavailable(f"the store answered {error.code}") from error
+        except (urllib3.exceptions.HTTPError, ServerError, InvalidResponseError) as error:
+            raise StoreUnavailable(f"the store cannot be reached: {type(error).__name__}") from error
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, S3Error):
+        return error.code in _TRANSIENT
+    if isinstance(error, ServerError):
+        return bool(error.status_code >= 500)
+    if isinstance(error, InvalidResponseError):
+        return bool(error._code >= 500)
+    return isinstance(error, urllib3.exceptions.HTTPError)
+
+
+def _batches(keys: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    rest = iter(keys)
+    while batch := tuple(itertools.islice(rest, _PAGE)):
+        yield batch

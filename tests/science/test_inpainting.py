@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionInpaintPipeline
+from meddiff.contracts.recipes import CPU, PAPER, Recipe, override
+from meddiff.science import foundation, geometry
+from meddiff.science.foundation import Foundation
+from meddiff.science.geometry import Image, Mask
+from meddiff.science.inpainting import (
+    Canvas,
+    fit_lesion,
+    guide_at,
+    inpaint,
+    repair,
+    seam_correction,
+    solver_timesteps,
+)
+from PIL import Image as Pillow
+
+from .tiny import write_checkpoint
+
+SMALL = override(CPU, {"foundation": {"resolution": 64}, "inpainting": {"solver_steps": 3, "batch_size": 2}})
+
+
+@pytest.fixture(scope="module")
+def f(tmp_path_factory: pytest.TempPathFactory) -> Foundation:
+    torch.set_num_threads(1)
+    folder = write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    return foundation.load(folder, torch.float32, torch.device("cpu"))
+
+
+def disc(size: tuple[int, int], centre: tuple[float, float], radius: float) -> Mask:
+    y, x = np.mgrid[: size[0], : size[1]]
+    return np.asarray(np.hypot(y - centre[0], x - centre[1]) <= radius)
+
+
+def noise(size: tuple[int, int], channels: int, seed: int = 0) -> Image:
+    return np.random.default_rng(seed).integers(0, 256, (*size, channels), dtype=np.uint8)
+
+
+def canvas(size: tuple[int, int], channels: int, centre: tuple[float, float], radius: float, seed: int = 7) -> Canvas:
+    background, shape = noise(size, channels), disc(size, centre, radius)
+    guide = geometry.guide_of(shape, 0.2)
+    return Canvas(background, shape, guide, fit_lesion(background, shape, guide, background, shape), seed)
+
+
+CANVASES = {
+    "square": canvas((96, 96), 3, (48, 48), 15),
+    "grey": canvas((96, 96), 1, (40, 50), 15),
+    "wide": canvas((60, 200), 3, (30, 100), 18),
+    "tall, beyond the edge": canvas((200, 50), 3, (100, 25), 40),
+    "in a corner": canvas((90, 120), 1, (0, 119), 30),
+    "larger than the model": canvas((300, 280), 3, (150, 140), 90),
+    "small": canvas((90, 90), 3, (45, 45), 2),
+}
+
+
+@pytest.mark.parametrize("name", CANVASES)
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_outside_the_guide_nothing_changes(f: Foundation, name: str, strength: float) -> None:
+    one = CANVASES[name]
+    (image,) = inpaint(f, [one], override(SMALL, {"inpainting": {"strength": strength}}))
+    assert image.shape == one.background.shape
+    assert image.dtype == np.uint8
+    difference = np.abs(image.astype(int) - one.background.astype(int)).max(axis=2)
+    assert difference[~one.guide].max() == 0
+    assert (difference[one.guide] > 0).mean() > 0.5
+
+
+@pytest.mark.parametrize("changes", [{"adaptive_guide": False}, {"guidance_scale": 3.0}])
+def test_options_change_the_picture_but_not_the_outside(f: Foundation, changes: dict[str, object]) -> None:
+    one = CANVASES["square"]
+    (plain,) = inpaint(f, [one], SMALL)
+    (image,) = inpaint(f, [one], override(SMALL, {"inpainting": changes}))
+    assert (image != plain).any()
+    assert (image[~one.guide] == one.background[~one.guide]).all()
+
+
+def test_bytes_depend_on_the_seed_and_not_on_the_company(f: Foundation) -> None:
+    some = [CANVASES["square"], CANVASES["wide"], CANVASES["in a corner"]]
+    together = inpaint(f, some, SMALL)
+    for one, image in zip(some, together, strict=True):
+        assert (inpaint(f, [one], SMALL)[0] == image).all()
+    other = Canvas(some[0].background, some[0].shape, some[0].guide, some[0].start, seed=8)
+    assert (inpaint(f, [other], SMALL)[0] != together[0]).any()
+
+
+def test_a_stop_keeps_what_is_finished(f: Foundation) -> None:
+    calls: list[int] = []
+
+    def after_the_first_batch() -> bool:
+        calls.append(1)
+        return len(calls) > 3
+
+    recipe = override(SMALL, {"inpainting": {"batch_size": 1, "strength": 1.0}})
+    assert len(inpaint(f, [CANVASES["square"]] * 3, recipe, after_the_first_batch)) == 1
+
+
+def test_repair_paints_the_lesion_and_nothing_else(f: Foundation) -> None:
+    image, lesion = noise((80, 120), 3), disc((80, 120), (40, 50), 14)
+    for recipe in (SMALL, override(SMALL, {"finetuning": {"separate_repair": True}})):
+        repaired = repair(f, image, lesion, recipe, 3)
+        guide = geometry.guide_of(lesion, recipe.inpainting.guide_margin)
+        assert (repaired[~guide] == image[~guide]).all()
+        assert (repaired[lesion] != image[lesion]).any()
+
+
+@pytest.mark.parametrize(("prediction", "channels", "factor"), [("epsilon", 9, 8), ("epsilon", 4, 8)])
+def test_stable_diffusion_1_5_checkpoints_paint_too(
+    tmp_path: Path, prediction: str, channels: int, factor: int
+) -> None:
+    folder = write_checkpoint(tmp_path, prediction, channels, factor)
+    f = foundation.load(folder, torch.float32, torch.device("cpu"))
+    assert foundation.vae_factor(f) == factor
+    recipe: Recipe = override(PAPER, {"foundation": {"resolution": 64}, "inpainting": {"solver_steps": 3}})
+    one = CANVASES["wide"]
+    (image,) = inpaint(f, [one], recipe)
+    assert (image[~one.guide] == one.background[~one.guide]).all()
+
+
+def test_plain_diffusers_loads_and_paints_with_what_was_saved(f: Foundation, tmp_path: Path) -> None:
+    with torch.no_grad():
+        next(f.unet.parameters()).mul_(1.01)
+    foundation.save(f, tmp_path / "model")
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "model")
+    assert pipeline.safety_checker is None
+    for saved, ours in zip(pipeline.unet.parameters(), f.unet.parameters(), strict=True):
+        assert torch.equal(saved, ours)
+    one = CANVASES["square"]
+    painted = pipeline(
+        "an image of hta",
+        Pillow.fromarray(one.background),
+        Pillow.fromarray(one.guide.astype(np.uint8) * 255),
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        output_type="np",
+    ).images
+    assert painted.shape == (1, 64, 64, 3)
+    assert np.isfinite(painted).all()
+    again = foundation.load(tmp_path / "model", torch.float32, torch.device("cpu"))
+    assert again.sha256 == foundation.digest(tmp_path / "model")
+
+
+def test_solver_walks_trailing_timesteps_to_the_clean_end(f: Foundation) -> None:
+    assert solver_timesteps(f, 4, 1.0).tolist() == [999, 749, 499, 249, -1]
+    assert solver_timesteps(f, 4, 0.5).tolist() == [499, 249, -1]
+    assert solver_timesteps(f, 4, 0.01).tolist() == [249, -1]
+
+
+def test_the_adaptive_guide_narrows_to_the_guide() -> None:
+    cells = disc((32, 32), (16, 16), 5)[None]
+    wide, narrow, exact = guide_at(cells, 4.0), guide_at(cells, 1.0), guide_at(cells, 0.0)
+    assert (exact == cells).all()
+    assert (wide >= narrow).all()
+    assert (narrow >= exact).all()
+    assert (wide[cells] == 1).all()
+    assert 0 < wide[0, 16, 23] < 1
+
+
+# ------------------------------------------------------------------------------------------------------------- seams
+
+
+def test_a_constant_colour_offset_is_mended_at_the_rim_and_left_in_the_lesion() -> None:
+    rng = np.random.default_rng(0)
+    background = (120 + rng.normal(0, 5, (128, 128, 3))).astype(np.float32)
+    shape = disc((128, 128), (64, 64), 20)
+    guide = geometry.dilate(shape, 12)
+    painted = background + 25
+    painted[shape] -= 70
+    mended = painted + seam_correction(painted, background, shape, guide)
+    just_inside = guide & geometry.dilate(~guide, 2.0)
+    assert abs((mended - background)[just_inside].mean()) < 3
+    assert abs((mended - painted)[disc((128, 128), (64, 64), 8)]).max() < 1
+    assert (mended[~guide] == painted[~guide]).all()
+
+
+def test_where_the_shape_touches_the_rim_its_contrast_stays() -> None:
+    background = np.full((128, 128, 1), 150, np.float32)
+    shape = disc((128, 128), (64, 64), 30)
+    painted = np.where(shape[..., None], np.float32(40), background)
+    assert np.abs(seam_correction(painted, background, shape, shape)).max() < 1
+
+
+# --------------------------------------------------------------------------------------------------------- composite
+
+
+def test_the_composite_lays_the_donors_contrast_into_the_shape() -> None:
+    donor_mask = disc((120, 160), (60, 80), 30)
+    donor = np.full((120, 160, 3), 200, np.uint8)
+    donor[donor_mask] = 100
+    background = np.full((90, 140, 3), 140, np.uint8)
+    y, x = np.mgrid[:90, :140]
+    shape = np.asarray(((y - 45) / 12) ** 2 + ((x - 60) / 30) ** 2 <= 1)
+    guide = geometry.guide_of(shape, 0.2)
+    start = fit_lesion(background, shape, guide, donor, donor_mask)
+    assert (start[~guide] == 140).all()
+    assert start[45, 60].astype(int) == pytest.approx(np.full(3, (112 / 212) * 152 - 12), abs=2)
+    darker = (start[..., 0] < 110) & guide
+    assert (darker & shape).sum() / (darker | shape).sum() > 0.9
+    ring = guide & ~geometry.dilate(shape, 3)
+    assert np.abs(start[ring].astype(int) - 140).max() <= 3
+
+
+def test_the_composite_matches_grey_to_colour_both_ways() -> None:
+    mask = disc((80, 80), (40, 40), 20)
+    guide = geometry.guide_of(mask, 0.1)
+    for donor_channels, channels in ((1, 3), (3, 1)):
+        start = fit_lesion(noise((80, 80), channels), mask, guide, noise((80, 80), donor_channels, 1), mask)
+        assert start.shape == (80, 80, channels)
+
+
+def test_nothing_of_an_old_lesion_under_the_guide_reaches_the_composite() -> None:
+    shape = disc((100, 100), (40, 40), 12)
+    old = disc((100, 100), (60, 60), 20)
+    guide = geometry.guide_of(shape, 0.2, cover=old)
+    clean = np.full((100, 100, 3), 160, np.uint8)
+    with_old = clean.copy()
+    with_old[old] = (255, 0, 0)
+    donor = clean.copy()
+    donor[old] = 60
+    assert (fit_lesion(with_old, shape, guide, donor, old) == fit_lesion(clean, shape, guide, donor, old)).all()
