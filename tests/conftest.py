@@ -1,4 +1,4 @@
-"""A real S3 server and a real Redis-protocol server, once for all tests; each test has a bucket and a Redis of its own."""
+"""A real S3 server and a real Redis-protocol server, once for all tests; each test finds both empty."""
 
 from __future__ import annotations
 

@@ -24,7 +24,12 @@ from meddiff.watching import watch
 STACK_FOLDER = Path("out/stack")
 DEFAULT_URL = "http://127.0.0.1:8080"
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Synthetic image-mask pairs from about thirty annotated images.",
+)
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
@@ -52,7 +57,8 @@ def up(
     port: Annotated[int, typer.Option(help="The gateway's port; 0: 8080 or, where it is taken, any free one.")] = 0,
 ) -> None:
     """Start Redis, S3 and the five services in the background."""
-    from meddiff.embedded import stack
+    with _all_installed():
+        from meddiff.embedded import stack
 
     running = stack.read(folder)
     if running is not None:
@@ -71,7 +77,8 @@ def up(
 @app.command()
 def down(folder: Folder = STACK_FOLDER) -> None:
     """Stop everything that `up` started."""
-    from meddiff.embedded import stack
+    with _all_installed():
+        from meddiff.embedded import stack
 
     ended = stack.down(folder)
     out.print(f"stopped: {', '.join(member.name for member in ended)}" if ended else "nothing was up")
@@ -238,7 +245,8 @@ def demo(
     to: Annotated[Path, typer.Option("--out", help="Where the results go.")] = Path("out/demo"),
 ) -> None:
     """Run the main job on a stack of its own: fine-tune, generate, pull, and take the stack down again."""
-    from meddiff.demo import run
+    with _all_installed():
+        from meddiff.demo import run
 
     with _faults_printed():
         succeeded = run(dataset, count, to, out)
@@ -258,6 +266,16 @@ def _address() -> str:
     """Of the stack in ``STACK_FOLDER``, where one is up."""
     state = STACK_FOLDER / "stack.json"
     return str(json.loads(state.read_bytes())["address"]) if state.exists() else DEFAULT_URL
+
+
+@contextmanager
+def _all_installed() -> Iterator[None]:
+    """The client installs without what the embedded stack needs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        err.print(f"{error.name} is missing; the embedded stack comes with: pip install 'meddiff[all]'", markup=False)
+        raise typer.Exit(1) from None
 
 
 @contextmanager
@@ -334,3 +352,7 @@ def _print_problem(problem: Problem) -> None:
 def _print_faults(faults: tuple[Fault, ...]) -> None:
     for fault in faults:
         err.print(f"  {fault.pointer}: {fault.detail}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -135,16 +135,16 @@ class Client:
     def wait(self, job_id: str, on_update: Callable[[Job], None] | None = None) -> Job:
         """Until the job has ended, whichever way; ``on_update`` gets it now, after every change and every few
         seconds."""
-        tag = ""
+        response = self._get(_job(job_id))
         while True:
-            response = self._get(_job(job_id), params={"wait": _WAIT_SECONDS}, headers={"If-None-Match": tag})
             if response.status_code != httpx.codes.NOT_MODIFIED:
-                tag = response.headers["ETag"]
                 job = Job.model_validate_json(response.content)
             if on_update is not None:
                 on_update(job)
             if job.status in ENDED:
                 return job
+            known = {"If-None-Match": response.headers["ETag"]}
+            response = self._get(_job(job_id), params={"wait": _WAIT_SECONDS}, headers=known)
 
     def cancel(self, job_id: str) -> Job:
         """``POST /jobs/{id}/cancel``. Returns the job, usually ``cancelling``."""

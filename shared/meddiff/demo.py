@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -40,14 +40,14 @@ def run(dataset: Path | None, count: int, folder: Path, console: Console) -> boo
         try:
             return _run(dataset, count, folder, console, steps)
         except (JobFailedError, stack.StackError) as error:
-            console.print(str(error), markup=False, highlight=False)
             _print_logs(folder, console)
+            console.print(str(error), markup=False, highlight=False)
             return False
         except BaseException:
             _print_logs(folder, console)
             raise
         finally:
-            with _timed(steps, "stack down", console):
+            with _uninterruptible(), _timed(steps, "stack down", console):
                 stack.down(folder / "stack")
             console.print(_time_table(steps))
 
@@ -113,15 +113,26 @@ def _clear(folder: Path) -> None:
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """SIGTERM ends the demo as Ctrl-C does: with the stack taken down."""
+    with _handled(signal.SIGTERM, signal.default_int_handler):
+        yield
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+@contextmanager
+def _uninterruptible() -> Iterator[None]:
+    """A second Ctrl-C does not keep the stack from being taken down."""
+    with _handled(signal.SIGINT, signal.SIG_IGN), _handled(signal.SIGTERM, signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _handled(
+    number: signal.Signals, handler: Callable[[int, FrameType | None], None] | signal.Handlers
+) -> Iterator[None]:
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Small files for the tests of datasets, made with Pillow."""
+"""Where the real datasets are, and small files made with Pillow."""
 
 import io
 import zipfile
@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -12,12 +12,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import httpx
+import pytest
+from meddiff.embedded.servers import RedisServer, S3Server
 from meddiff.planning.leases import Leases
 from meddiff.settings import Settings
 from meddiff.store.objects import ObjectStore
 from pydantic import SecretStr
+
+MAX_UPLOAD_BYTES = 3 * 2**20
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,27 @@ class Gateway:
     @property
     def file_root(self) -> Path:
         return self.settings.file_roots[0]
+
+
+@pytest.fixture(scope="module")
+def gateway(s3: S3Server, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """One gateway for a module's tests, with a bucket of its own."""
+    folder = tmp_path_factory.mktemp("gateway")
+    root = folder / "allowed"
+    root.mkdir()
+    settings = Settings(
+        redis_url=redis_server.url,
+        s3_endpoint=s3.endpoint,
+        s3_access_key=SecretStr(s3.access_key),
+        s3_secret_key=SecretStr(s3.secret_key),
+        s3_bucket=f"gateway-{uuid4().hex}",
+        file_roots=(root,),
+        max_upload_bytes=MAX_UPLOAD_BYTES,
+        sweep_seconds=0.3,
+    )
+    with started(settings, folder) as running:
+        running.store.ensure_bucket()
+        yield running
 
 
 @contextmanager

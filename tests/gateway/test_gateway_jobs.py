@@ -114,7 +114,7 @@ def test_a_body_that_is_no_json_is_a_problem(gateway: Gateway) -> None:
     [
         ("file:///etc", 403),
         ("s3://someone-elses-bucket/pairs", 403),
-        ("s3://meddiff/t/other/datasets", 403),
+        ("s3://gateway-own/t/other/datasets", 403),
         ("ftp://example.org/pairs", 422),
         (f"ds_{'0' * 32}", 422),
     ],

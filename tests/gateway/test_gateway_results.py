@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import httpx
 import pytest
-from gateways import Gateway
+from gateways import Gateway, started
 from jsonschema import Draft202012Validator
 from meddiff.contracts.recipes import RECIPES
 from meddiff.store.keys import JobKeys
@@ -41,6 +42,15 @@ def test_every_picture_of_a_pair_is_served(gateway: Gateway, index: int, what: s
     response = gateway.http.get(f"/jobs/{made.spec.id}/pairs/{index}/{what}")
     assert response.headers["content-type"] == "image/png"
     assert response.content == made.pictures[f"{index}/{what}"]
+
+
+def test_with_a_public_store_a_picture_is_redirected_to_it(gateway: Gateway, tmp_path: Path) -> None:
+    made = put_generated(gateway.store, gateway.tenant)
+    settings = gateway.settings.model_copy(update={"s3_public_endpoint": gateway.settings.s3_endpoint})
+    with started(settings, tmp_path) as other:
+        redirected = other.http.get(f"/jobs/{made.spec.id}/pairs/2/image")
+        assert redirected.status_code == 307
+        assert httpx.get(redirected.headers["location"]).content == made.pictures["2/image"]
 
 
 def test_contact_sheet_is_served(gateway: Gateway) -> None:
@@ -124,6 +134,8 @@ def test_datasets_are_judged_and_imported_by_uri(gateway: Gateway) -> None:
     assert gateway.http.post("/datasets/validate", json={"dataset_uri": "file:///etc"}).status_code == 403
     response = gateway.http.post("/datasets/validate", json={})
     assert response.json()["errors"][0]["pointer"] == "/dataset_uri"
+    untyped = gateway.http.post("/datasets", content=archive(), headers={"Content-Type": "text/plain"})
+    assert untyped.json()["errors"][0]["pointer"] == "?Content-Type"
 
 
 @pytest.mark.parametrize("declared", [True, False])

@@ -16,6 +16,7 @@ from gateways import Gateway, started
 from jsonschema import Draft202012Validator
 from meddiff.embedded.servers import start_redis
 from meddiff.settings import Settings
+from stored import archive, put_dataset
 
 PROBLEM_FIELDS = {"type", "title", "status", "detail", "instance", "errors"}
 
@@ -60,6 +61,10 @@ def test_readiness_follows_redis(gateway: Gateway, tmp_path: Path) -> None:
         assert (response.status_code, response.json()["type"]) == (503, "urn:meddiff:problem:unavailable")
         assert int(response.headers["retry-after"]) > 0
         assert other.http.get("/healthz").status_code == 200
+        dataset = put_dataset(gateway.store, gateway.tenant)
+        accepted = other.http.post("/finetune", json={"dataset_uri": dataset.id})
+        assert accepted.status_code == 202
+    assert gateway.http.get(accepted.headers["location"]).json()["status"] in ("queued", "validating")
 
 
 def test_without_a_store_there_is_no_readiness_and_no_trace(gateway: Gateway, tmp_path: Path) -> None:
@@ -160,8 +165,6 @@ NOT_IN_GATEWAY = {
 
 
 def test_it_starts_and_validates_with_the_gateway_extra_alone(gateway: Gateway, tmp_path: Path) -> None:
-    from stored import archive
-
     script = tmp_path / "gateway.py"
     script.write_text(BLOCKED.format(blocked=NOT_IN_GATEWAY))
     with started(gateway.settings, tmp_path, [sys.executable, str(script)]) as other:

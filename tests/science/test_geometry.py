@@ -142,3 +142,16 @@ def test_smooth_fill_continues_a_plane_and_leaves_the_rest() -> None:
     assert (filled[~hole] == plane[~hole]).all()
     assert np.abs(filled - plane)[hole].max() < 8
     assert np.isfinite(geometry.smooth_fill(plane, np.ones_like(hole))).all()
+
+
+def test_mirrored_detail_gives_a_hole_the_grain_of_its_surroundings_and_no_more() -> None:
+    rng = np.random.default_rng(2)
+    grain = rng.normal(0, 10, (120, 120, 1)).astype(np.float32)
+    hole = disc((120, 120), (60, 60), 20)
+    image = np.where(hole[..., None], np.float32(1000), 80 + grain)
+    detail = geometry.mirrored_detail(image, hole)
+    assert (detail[~hole] == 0).all()
+    near_rim = hole & geometry.dilate(~hole, 6) & ~geometry.dilate(~hole, 2)
+    assert detail[near_rim].std() == pytest.approx(10, rel=0.4)
+    assert np.abs(detail).max() < 30
+    assert (geometry.mirrored_detail(image, np.ones_like(hole)) == 0).all()

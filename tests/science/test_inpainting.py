@@ -12,12 +12,14 @@ from meddiff.science.foundation import Foundation
 from meddiff.science.geometry import Image, Mask
 from meddiff.science.inpainting import (
     Canvas,
+    composite,
     fit_lesion,
     guide_at,
     inpaint,
     repair,
     seam_correction,
     solver_timesteps,
+    view_of,
 )
 from PIL import Image as Pillow
 
@@ -172,18 +174,33 @@ def test_a_constant_colour_offset_is_mended_at_the_rim_and_left_in_the_lesion() 
     guide = geometry.dilate(shape, 12)
     painted = background + 25
     painted[shape] -= 70
-    mended = painted + seam_correction(painted, background, shape, guide)
+    mended = painted + seam_correction(painted, background, shape, guide, np.ones_like(guide))
     just_inside = guide & geometry.dilate(~guide, 2.0)
     assert abs((mended - background)[just_inside].mean()) < 3
     assert abs((mended - painted)[disc((128, 128), (64, 64), 8)]).max() < 1
     assert (mended[~guide] == painted[~guide]).all()
 
 
+@pytest.mark.parametrize("name", ["grey", "larger than the model", "tall, beyond the edge"])
+def test_what_autoencoder_and_window_lose_of_the_composite_is_given_back(name: str) -> None:
+    """Were the painting just what the autoencoder makes of the composite, the image would be the composite itself,
+    away from the rim, down to the grain that the window's resolution does not hold."""
+    one = CANVASES[name]
+    assert one.start is not None
+    seen = view_of(one, SMALL)
+    assert seen.start is not None
+    carried = np.repeat(seen.start, 3 // seen.start.shape[2], axis=2) * 0.8 + 20
+    image = composite(one, seen, carried, carried)
+    deep = ~geometry.dilate(~one.guide, 0.3 * seen.window.side)
+    rim_free = deep if deep.any() else one.shape
+    assert np.abs(image.astype(int) - one.start)[rim_free].mean() < 2
+
+
 def test_where_the_shape_touches_the_rim_its_contrast_stays() -> None:
     background = np.full((128, 128, 1), 150, np.float32)
     shape = disc((128, 128), (64, 64), 30)
     painted = np.where(shape[..., None], np.float32(40), background)
-    assert np.abs(seam_correction(painted, background, shape, shape)).max() < 1
+    assert np.abs(seam_correction(painted, background, shape, shape, np.ones_like(shape))).max() < 1
 
 
 # --------------------------------------------------------------------------------------------------------- composite

@@ -7,6 +7,7 @@ import sys
 
 import uvicorn
 from meddiff.settings import Settings
+from meddiff.telemetry import configure_logs
 
 from meddiff_services.gateway.app import create_app
 
@@ -18,11 +19,13 @@ def main() -> None:
     settings = Settings()
     if not _is_loopback(settings.host):
         sys.exit("MEDDIFF_HOST must be a loopback address: requests carry no key yet, so nobody else may reach this")
+    configure_logs("gateway")
     uvicorn.run(
         create_app(settings),
         host=settings.host,
         port=settings.port,
         access_log=False,
+        log_config=None,
         timeout_graceful_shutdown=LEAVE_SECONDS,
     )
 

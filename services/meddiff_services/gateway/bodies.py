@@ -9,6 +9,7 @@ from pathlib import Path
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
+from meddiff.contracts.problems import Fault, ProblemError
 from meddiff.contracts.requests import DatasetReference
 from pydantic import ValidationError
 from starlette.datastructures import Headers
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_JSON_BYTES = 2**20
 ZIP = "application/zip"
+JSON = "application/json"
 
 
 class BoundedBodies:
@@ -50,9 +52,13 @@ class BoundedBodies:
 async def dataset_source(request: Request) -> AsyncIterator[str | Path]:
     """The dataset a request names or carries: the ``dataset_uri`` of a JSON body, or a temporary zip archive that is
     gone after the answer."""
-    if _media_type(request.headers) != ZIP:
+    media_type = _media_type(request.headers)
+    if media_type == JSON:
         yield _reference(await request.body()).dataset_uri
         return
+    if media_type != ZIP:
+        fault = Fault(pointer="?Content-Type", detail=f"expected {ZIP} or {JSON}")
+        raise ProblemError("invalid-request", "The body is of no known type", [fault])
     with tempfile.NamedTemporaryFile(suffix=".zip") as archive:
         async for chunk in request.stream():
             await run_in_threadpool(archive.write, chunk)
@@ -65,7 +71,7 @@ SOURCE_BODY = {
         "required": True,
         "content": {
             ZIP: {"schema": {"type": "string", "format": "binary"}},
-            "application/json": {
+            JSON: {
                 "schema": DatasetReference.model_json_schema(),
                 "examples": {"s3": {"value": {"dataset_uri": "s3://hospital/skin/pairs.zip"}}},
             },

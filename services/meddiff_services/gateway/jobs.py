@@ -31,7 +31,7 @@ from meddiff_services.gateway.problems import UNREACHABLE, documented
 router = APIRouter(tags=["jobs"])
 log = structlog.get_logger()
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 RETRY_AFTER = {"Retry-After": "2"}
 
 _JOB_ID = re.compile(r"^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -76,6 +78,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        frames = traceback.extract_tb(error.__traceback__)
+        trace = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+        log.error("unexpected", error=type(error).__name__, trace=trace)
         return _respond(request, problem("internal", "An unexpected fault; the service's log has it"))
 
 

@@ -30,7 +30,8 @@ class FoundationChoice(Contract):
 class Finetuning(Contract):
     """Eq. 1. ``variants``: augmented versions of each pair whose latents are cached; ``repair_share``: share of
     training examples that are holes in healthy tissue; ``guide_margin``: range of the guide's margin around the shape,
-    as a share of the shape's equivalent diameter; ``separate_repair``: the paper's second U-Net on inverted masks."""
+    as a share of the shape's equivalent diameter; ``separate_repair``: the paper's second U-Net on inverted masks;
+    ``outside_weight``: what the loss weighs outside the guide."""
 
     prompt: str = Field("An image of hta", min_length=1, max_length=200)
     steps: Annotated[int, Field(ge=1, le=100_000)]
@@ -174,10 +175,23 @@ GPU = Recipe(
 CPU = Recipe(
     name="cpu",
     finetuning=Finetuning(
-        steps=360, batch_size=4, learning_rate=2e-4, warmup_steps=20, ema_decay=0.98, variants=12, segment_steps=60
+        steps=480,
+        batch_size=4,
+        learning_rate=2e-4,
+        warmup_steps=20,
+        schedule="cosine",
+        ema_decay=0.98,
+        variants=8,
+        segment_steps=60,
     ),
     mask_generation=MaskGeneration(
-        widths=(16, 32, 64), steps=600, batch_size=16, learning_rate=1e-3, segment_steps=200, sampling_steps=30
+        resolution=32,
+        widths=(16, 32, 64),
+        steps=600,
+        batch_size=16,
+        learning_rate=1e-3,
+        segment_steps=200,
+        sampling_steps=20,
     ),
     inpainting=Inpainting(solver_steps=20, strength=0.7, batch_size=4),
     work=Work(shard_size=8),

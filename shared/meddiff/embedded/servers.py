@@ -155,15 +155,20 @@ def _spawn(command: list[str | Path], log: Path) -> subprocess.Popen[bytes]:
 
 
 def _wait(process: subprocess.Popen[bytes], log: Path, answers: Callable[[], bool]) -> None:
-    """Until ``answers``; the process is ended and the log's last lines are raised where that never happens."""
+    """Until ``answers``. Where that never happens, or the wait is interrupted, the process is ended; in the first case
+    the log's last lines are raised."""
     deadline = time.monotonic() + _START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if answers():
-                return
-        except (httpx.TransportError, redis.RedisError):
-            pass
-        time.sleep(0.05)
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                if answers():
+                    return
+            except (httpx.TransportError, redis.RedisError):
+                pass
+            time.sleep(0.05)
+    except BaseException:
+        _end(process)
+        raise
     _end(process)
     raise RuntimeError("the server did not come up:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-10:]))
 

@@ -9,19 +9,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import psutil
 
 from meddiff.contracts.base import Contract
+from meddiff.contracts.tasks import QUEUE_OF, Queue
 from meddiff.embedded.servers import start_redis, start_s3
+from meddiff.planning.leases import Leases
 
 LOOPBACK = "127.0.0.1"
 PREFERRED_PORT = 8080
 WORKERS = ("trainer", "mask_sampler", "inpainter", "quality_scorer")
 
-_READY_SECONDS = 60.0
+_READY_SECONDS = 180.0  # On two cores the workers' imports take most of a minute.
 _SERVICE_PATIENCE = 30.0
 _SERVER_PATIENCE = 60.0
 
@@ -74,7 +77,8 @@ def up(
     folder: Path, *, inpainters: int = 2, data: Path | None = None, file_roots: Sequence[Path] = (), port: int = 0
 ) -> Stack:
     """Starts the stack in ``folder`` (state, logs, scratch; the objects too, where ``data`` names no other folder) and
-    returns once its gateway is ready. ``port`` 0 is 8080 where that is free, else any free one.
+    returns once its gateway is ready and its workers serve their queues. ``port`` 0 is 8080 where that is free, else
+    any free one.
 
     Raises ``StackError``, with everything it started ended again, where a part does not come up, and
     ``FileExistsError`` where the folder's stack is up already.
@@ -103,7 +107,7 @@ def up(
             for number in range(1, (inpainters if worker == "inpainter" else 1) + 1):
                 name = f"{worker}-{number}" if worker == "inpainter" else worker
                 stack = _start_service(folder, stack, name, worker, environment)
-        _wait_until_ready(stack)
+        _wait_until_ready(stack, redis.url, inpainters)
     except BaseException as error:
         down(folder)
         if isinstance(error, (RuntimeError, OSError)):
@@ -122,6 +126,9 @@ def down(folder: Path) -> tuple[Member, ...]:
     servers = [member for member in running if member.name in ("redis", "s3")]
     _end([member for member in running if member not in servers], _SERVICE_PATIENCE)
     _end(servers, _SERVER_PATIENCE)
+    for member in stack.members:
+        with suppress(ChildProcessError):  # Not a child of this process, or waited for already.
+            os.waitpid(member.pid, os.WNOHANG)
     _state(folder).unlink()
     return running
 
@@ -153,19 +160,26 @@ def _record(folder: Path, stack: Stack, name: str, pid: int, log: Path) -> Stack
     return stack
 
 
-def _wait_until_ready(stack: Stack) -> None:
+def _wait_until_ready(stack: Stack, redis_url: str, inpainters: int) -> None:
+    leases = Leases.connect(redis_url, seconds=1)
+    wanted: dict[Queue, int] = dict.fromkeys(QUEUE_OF.values(), 1) | {"inpainting": inpainters}
     deadline = time.monotonic() + _READY_SECONDS
     while time.monotonic() < deadline:
         for member in stack.dead:
             raise RuntimeError(f"{member.name} has ended:\n{member.log_tail()}")
-        try:
-            if httpx.get(f"{stack.address}/readyz").is_success:
-                return
-        except httpx.TransportError:
-            pass
+        serving = leases.snapshot().workers
+        if all(serving.get(queue, 0) >= workers for queue, workers in wanted.items()) and _answers(stack):
+            return
         time.sleep(0.1)
-    gateway = next(member for member in stack.members if member.name == "gateway")
-    raise RuntimeError(f"the gateway is not ready after {_READY_SECONDS:.0f} s:\n{gateway.log_tail()}")
+    tails = "\n".join(f"--- {member.log}\n{member.log_tail(5)}" for member in stack.members)
+    raise RuntimeError(f"the stack is not ready after {_READY_SECONDS:.0f} s:\n{tails}")
+
+
+def _answers(stack: Stack) -> bool:
+    try:
+        return httpx.get(f"{stack.address}/readyz").is_success
+    except httpx.TransportError:
+        return False
 
 
 def _end(members: Sequence[Member], patience: float) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import IO, Literal
@@ -224,21 +224,21 @@ def _decode(raw: RawCase, source: Files, window: Window | None) -> tuple[Decoded
         masks.append(mask)
         if image is not None and (mask.shape[1], mask.shape[0]) != image.size:
             faults.append(Fault(pointer=name, detail=_size_differs(mask, image)))
-    if faults or not masks:
+    if not masks or len(masks) < len(raw.masks) or len({mask.shape for mask in masks}) > 1:
         return image, None, faults
     merged = merge(masks)
-    if raw.role == "background":
-        lesion_free = not merged.any()
-        return (
-            image,
-            None,
-            [] if lesion_free else [Fault(pointer=raw.masks[0], detail="shows a lesion in a lesion-free class")],
-        )
-    if not merged.any():
-        faults.append(Fault(pointer=raw.masks[0], detail="empty: it marks no lesion"))
-    elif merged.all():
-        faults.append(Fault(pointer=raw.masks[0], detail="white all over: it leaves no background"))
-    return image, merged, faults
+    faults += [Fault(pointer=raw.masks[0], detail=detail) for detail in _coverage(merged, raw.role)]
+    return image, merged if raw.role == "pair" else None, faults
+
+
+def _coverage(mask: Mask, role: Role) -> Iterator[str]:
+    """What is wrong with where a mask is True."""
+    if role == "background" and mask.any():
+        yield "shows a lesion in a lesion-free class"
+    elif role == "pair" and not mask.any():
+        yield "empty: it marks no lesion"
+    elif role == "pair" and mask.all():
+        yield "white all over: it leaves no background"
 
 
 def _size_differs(mask: Mask, image: DecodedImage) -> str:

@@ -23,7 +23,7 @@ _BLACK, _WHITE = 0.15 * 255, 0.85 * 255
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 258
 _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-_NAMED_MODES = {"CMYK": "CMYK", "LAB": "CIE Lab", "HSV": "HSV", "F": "floating-point values", "YCbCr": "raw YCbCr"}
+_NAMED_MODES = {"CMYK": "CMYK", "LAB": "CIE Lab", "F": "floating-point values", "YCbCr": "raw YCbCr"}
 
 
 class PixelError(ValueError):

@@ -228,8 +228,8 @@ def _locate_objects(rest: str, settings: Settings) -> BucketPath:
 
 
 def _locate_folder(rest: str, settings: Settings) -> Path:
-    host, _, path = rest.partition("/")
-    if host not in ("", "localhost") or not path or "\0" in unquote(path):
+    host, slash, path = rest.partition("/")
+    if host not in ("", "localhost") or not slash or "\0" in unquote(path):
         raise _invalid("a file URI is file:///absolute/folder")
     folder = Path("/" + unquote(path)).resolve()
     _root_of(folder, settings)

@@ -20,8 +20,9 @@ def main() -> None:
         train_inpainter(arguments.out, arguments.minutes)
     else:
         from meddiff.pretraining.inpainter import publish
+        from meddiff.science.foundation import BUILTIN
 
-        publish(arguments.out)
+        publish(arguments.out, BUILTIN)
 
 
 if __name__ == "__main__":

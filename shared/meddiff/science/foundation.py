@@ -22,8 +22,9 @@ BUILTIN = Path(meddiff.__file__).parent / "foundations" / "small"
 
 @dataclass
 class Foundation:
-    """The parts of a checkpoint on one device. The U-Net's weights are float32 whatever ``dtype`` is: they are the
-    master weights that training changes. ``dtype`` is what it computes in (``autocast``)."""
+    """The parts of a checkpoint on one device, all with float32 weights: the U-Net's are the master weights that
+    training changes, and an autoencoder in bfloat16 would be off by a grey level. ``dtype`` is what the U-Net computes
+    in (``autocast``)."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -89,8 +90,8 @@ def load(source: str | Path, dtype: torch.dtype, device: torch.device, unet_fold
     unet = UNet2DConditionModel.from_pretrained(
         unet_folder or folder, subfolder=None if unet_folder else "unet", torch_dtype=torch.float32, **weights
     )
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **weights)
-    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **weights)
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **weights)
+    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32, **weights)
     for network in (unet, vae, text_encoder):
         network.requires_grad_(network is unet).eval().to(device, memory_format=torch.channels_last)
     return Foundation(
@@ -149,20 +150,20 @@ def vae_factor(f: Foundation) -> int:
 @torch.no_grad()
 def embed_prompt(f: Foundation, prompt: str) -> Tensor:
     """The text encoder's last hidden state (1, L, D); the prompt is padded to the encoder's length, always alike."""
-    length = f.text_encoder.config.max_position_embeddings
+    length = f.tokenizer.model_max_length
     tokens = f.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return f.text_encoder(tokens.input_ids.to(f.device))[0].float()  # type: ignore[no-any-return]
+    return f.text_encoder(tokens.input_ids.to(f.device))[0]  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def encode(f: Foundation, images: Tensor) -> Tensor:
     """Latents of images: the mode of the posterior, times the scaling factor."""
-    pixels = images.to(f.device, f.dtype, memory_format=torch.channels_last)
-    return f.vae.encode(pixels).latent_dist.mode().float() * f.vae.config.scaling_factor  # type: ignore[no-any-return]
+    pixels = images.to(f.device, memory_format=torch.channels_last)
+    return f.vae.encode(pixels).latent_dist.mode() * f.vae.config.scaling_factor  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def decode(f: Foundation, latents: Tensor) -> Tensor:
     """Images of latents, clamped to [-1, 1]."""
-    scaled = (latents / f.vae.config.scaling_factor).to(f.device, f.dtype, memory_format=torch.channels_last)
-    return f.vae.decode(scaled).sample.float().clamp(-1, 1)  # type: ignore[no-any-return]
+    scaled = (latents / f.vae.config.scaling_factor).to(f.device, memory_format=torch.channels_last)
+    return f.vae.decode(scaled).sample.clamp(-1, 1)  # type: ignore[no-any-return]

@@ -67,8 +67,8 @@ def window_around(guide: Mask, context: float, minimum: int = SMALLEST_WINDOW) -
     if not guide.any():
         raise ValueError("an empty guide has no window")
     box = _box(guide)
-    larger: int = max(axis.stop - axis.start for axis in box)
-    side = min(max(round(context * larger), minimum), max(guide.shape))
+    larger = max(axis.stop - axis.start for axis in box)
+    side = int(min(max(round(context * larger), minimum), max(guide.shape)))
 
     def first(axis: slice, length: int) -> int:
         if side >= length:
@@ -150,31 +150,34 @@ def smooth_fill(image: Field, hole: Mask) -> Field:
     known = (~hole).astype(np.float32)[..., None]
     weight = _resample(known, size, _triangle)
     weighted = _resample(known * image, size, _triangle)
-    value, total = np.zeros_like(weighted), np.zeros_like(weight)
+    value: Field = np.zeros_like(weighted)
+    total: Field = np.zeros_like(weight)
     for sigma in (2, 4, 8, 16, 32, 64):
         value += _blur(weighted, sigma) / sigma
         total += _blur(weight, sigma) / sigma
-    filled = _resample(value / np.maximum(total, 1e-12), (height, width), _triangle)
+    filled = _resample(np.asarray(value / np.maximum(total, 1e-12), np.float32), (height, width), _triangle)
     return np.where(hole[..., None], filled, image).astype(np.float32)
 
 
 def mirrored_detail(image: Field, hole: Mask) -> Field:
     """Texture for a hole (H, W, C), 0 elsewhere: each of its pixels takes the detail of its mirror image across the
-    hole's rim, fading out where that lies in the hole or outside the picture.
+    hole's rim, fading out where that lies in the hole or outside the picture, and with the depth in the hole.
 
-    Detail is the image less its local mean over 4 px, clipped at three standard deviations so that no edge is mirrored.
+    Detail is the image less its local mean over 4 px, clipped at two standard deviations so that no edge is mirrored.
     """
     known = (~hole).astype(np.float32)[..., None]
     detail = image - _blur(known * image, 4) / np.maximum(_blur(known, 4), 1e-6)
     if hole.all():
         return np.zeros_like(image)
-    limit = 3 * detail[~hole].std(axis=0)
-    nearest = ndimage.distance_transform_edt(hole, return_distances=False, return_indices=True)
-    mirror = 2 * nearest - np.stack(np.mgrid[: hole.shape[0], : hole.shape[1]])
+    limit = 2 * detail[~hole].std(axis=0)
+    depth, nearest = ndimage.distance_transform_edt(hole, return_indices=True)
+    reach = max(hole.shape) / 12
+    mirror = 2 * nearest - np.indices(hole.shape)
     last = np.array(hole.shape).reshape(2, 1, 1) - 1
     inside = np.clip(mirror, 0, last)
     valid = (mirror == inside).all(axis=0) & ~hole[inside[0], inside[1]]
     weight = valid[..., None] * _blur((valid | ~hole)[..., None].astype(np.float32), 2)
+    weight *= np.exp(-((depth / reach) ** 2))[..., None]
     mirrored = weight * np.clip(detail[inside[0], inside[1]], -limit, limit)
     return np.where(hole[..., None], mirrored, 0).astype(np.float32)
 
@@ -200,8 +203,8 @@ def _resample(image: Field, size: tuple[int, int], kernel: Kernel) -> Field:
         scale = length / wanted
         width = max(scale, 1.0)
         centres = (np.arange(wanted) + 0.5) * scale - 0.5
-        taps = kernel((np.arange(length)[None, :] - centres[:, None]) / width)
-        return (taps / taps.sum(axis=1, keepdims=True)).astype(np.float32)
+        taps = kernel(np.asarray((np.arange(length)[None, :] - centres[:, None]) / width, np.float64))
+        return np.asarray(taps / taps.sum(axis=1, keepdims=True), np.float32)
 
     rows, columns = weights(image.shape[0], size[0]), weights(image.shape[1], size[1])
     across = np.matmul(columns, image)

@@ -28,6 +28,8 @@ SEAM_SCALE = 1 / 32
 """Width over which colours are compared across the guide's rim, as a share of the window's side."""
 FEATHER = 2.0
 """Pixels inside the guide over which the painting fades in."""
+SHADE = 12.0
+"""Grey levels added before contrasts are taken as ratios, so that near-black surroundings do not blow them up."""
 NEVER: Callable[[], bool] = lambda: False  # noqa: E731
 
 
@@ -50,21 +52,20 @@ def inpaint(
 
     Always runs full batches (the last canvas fills up the last one), so the bytes of an image do not depend on what
     came with it. Returns those that were finished when ``should_stop`` said so. Raises ``ValueError`` for an empty
-    guide.
+    guide, and for a canvas without a composite where ``strength`` is below 1.
     """
     size = recipe.inpainting.batch_size
     images: list[Image] = []
     for first in range(0, len(canvases), size):
         batch = list(canvases[first : first + size])
-        views = [_view(canvas, recipe) for canvas in batch]
-        latents = _solve(f, views + views[-1:] * (size - len(views)), recipe, should_stop)
+        views = [view_of(canvas, recipe) for canvas in batch]
+        filled = views + views[-1:] * (size - len(views))
+        original = encode(f, torch.stack([as_model_input(view.original) for view in filled]))
+        latents = _solve(f, filled, original, recipe, should_stop)
         if latents is None:
             break
-        painted = decode(f, latents).cpu().numpy().transpose(0, 2, 3, 1)
-        images += [
-            _composite(canvas, view, (pixels + 1) * np.float32(127.5))
-            for canvas, view, pixels in zip(batch, views, painted, strict=False)
-        ]
+        painted, carried = _pixels(decode(f, latents)), _pixels(decode(f, original))
+        images += [composite(*parts) for parts in zip(batch, views, painted, carried, strict=False)]
     return images
 
 
@@ -84,7 +85,7 @@ def repair(f: Foundation, image: Image, lesion_mask: Mask, recipe: Recipe, seed:
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """A canvas as the network sees it, in its window at the model's resolution: pixels (r, r, C) in 0..255."""
 
     window: Window
@@ -92,10 +93,19 @@ class _View:
     start: Field | None
     shape: Mask
     guide: Mask
+    real: Mask
     seed: int
 
+    @property
+    def original(self) -> Field:
+        """What M holds in place: the composite where there is one. Outside the guide it is the background, and inside
+        nothing of what the background had there shines through."""
+        return self.background if self.start is None else self.start
 
-def _view(canvas: Canvas, recipe: Recipe) -> _View:
+
+def view_of(canvas: Canvas, recipe: Recipe) -> View:
+    if canvas.start is None and recipe.inpainting.strength < 1:
+        raise ValueError("a strength below 1 needs a composite to start from")
     window = geometry.window_around(canvas.guide, recipe.inpainting.context)
     size = (recipe.foundation.resolution, recipe.foundation.resolution)
 
@@ -107,21 +117,21 @@ def _view(canvas: Canvas, recipe: Recipe) -> _View:
 
     shape = covered(canvas.shape)
     start = pixels(canvas.start) if canvas.start is not None and recipe.inpainting.strength < 1 else None
-    return _View(window, pixels(canvas.background), start, shape, covered(canvas.guide) | shape, canvas.seed)
+    real = geometry.resize_mask(geometry.crop_window(np.ones_like(canvas.guide), window), size)
+    return View(window, pixels(canvas.background), start, shape, covered(canvas.guide) | shape, real, canvas.seed)
 
 
 @torch.no_grad()
-def _solve(f: Foundation, views: Sequence[_View], recipe: Recipe, should_stop: Callable[[], bool]) -> Tensor | None:
+def _solve(
+    f: Foundation, views: Sequence[View], original: Tensor, recipe: Recipe, should_stop: Callable[[], bool]
+) -> Tensor | None:
     """Clean latents (n, 4, h, w) by DDIM with the background held in place at every step (eq. 2); None if stopped.
 
-    The solver walks the last ``strength`` of its trailing timesteps, from the composite noised to the first of them;
-    without a composite it walks them all, from noise. The original that M holds in place is the composite as well:
-    outside the guide it is the background, and inside nothing of what the background had there shines through.
+    The solver walks the last ``strength`` of its trailing timesteps, from the composite noised to the first of them: at
+    strength 1 it walks them all, from noise. ``original`` (n, 4, h, w) is what M holds in place.
     """
     settings = recipe.inpainting
     factor = vae_factor(f)
-    originals = [view.background if view.start is None else view.start for view in views]
-    original = encode(f, torch.stack([as_model_input(pixels) for pixels in originals]))
     masked = torch.stack([as_model_input(v.background) * torch.from_numpy(~v.guide) for v in views])
     masked_latents = encode(f, masked)
     mask = torch.stack([torch.from_numpy(geometry.condition_mask(v.shape, v.guide, factor))[None] for v in views])
@@ -142,8 +152,7 @@ def _solve(f: Foundation, views: Sequence[_View], recipe: Recipe, should_stop: C
             plain: Tensor = f.unet(inputs, t, prompts[1:].expand(len(x), -1, -1)).sample.float()
         return plain + settings.guidance_scale * (wanted - plain)
 
-    started = all(view.start is not None for view in views)
-    steps = solver_timesteps(f, settings.solver_steps, settings.strength if started else 1.0).to(f.device)
+    steps = solver_timesteps(f, settings.solver_steps, settings.strength).to(f.device)
     alpha, beta = f.alpha_beta(steps[:1])
     x = alpha * original + beta * noise
     for t, previous in pairwise(steps):
@@ -181,37 +190,48 @@ def guide_at(cells: NDArray[np.bool_], reach: float) -> Field:
 # ------------------------------------------------------------------------------------------------- back to the image
 
 
-def _composite(canvas: Canvas, view: _View, painted: Field) -> Image:
-    """The canvas with ``painted`` (r, r, C) in its guide at native size: colours mended at the rim, faded in over a few
-    pixels inside it, rounded, pasted."""
-    channels = canvas.background.shape[2]
-    if channels == 1:
-        painted = painted.mean(axis=2, keepdims=True)
-    mended = painted + seam_correction(painted, view.background, view.shape, view.guide)
-    side = view.window.side
-    patch = geometry.resize_image(mended, (side, side))
+def _pixels(images: Tensor) -> Field:
+    """Images (n, 3, h, w) in [-1, 1] as pixels (n, h, w, 3) in 0..255."""
+    return np.asarray((images.cpu().numpy().transpose(0, 2, 3, 1) + 1) * np.float32(127.5))
+
+
+def composite(canvas: Canvas, view: View, painted: Field, carried: Field) -> Image:
+    """The canvas with ``painted`` (r, r, 3) in its guide at native size: colours mended at the rim, detail added, faded
+    in over a few pixels inside the rim, rounded, pasted.
+
+    ``carried`` (r, r, 3) is what the autoencoder makes of the composite. What it lost of it, and what the window's
+    resolution lost, is given back: grain, the finest structure, and the autoencoder's own error.
+    """
+    if canvas.background.shape[2] == 1:
+        painted, carried = (pixels.mean(axis=2, keepdims=True) for pixels in (painted, carried))
+    native = (view.window.side, view.window.side)
+    if view.start is None or canvas.start is None:
+        lost_by_network, lost = np.zeros_like(painted), np.zeros((*native, 1), np.float32)
+    else:
+        lost_by_network = view.start - carried
+        start = geometry.crop_window(canvas.start, view.window).astype(np.float32)
+        lost = start - geometry.resize_image(carried, native)
+    seam = seam_correction(painted + lost_by_network, view.background, view.shape, view.guide, view.real)
+    patch = geometry.resize_image(painted + seam, native) + lost
     below = geometry.crop_window(canvas.background, view.window).astype(np.float32)
     depth = ndimage.distance_transform_edt(geometry.extend_window(canvas.guide, view.window))[..., None]
     opacity = np.clip(depth / (FEATHER + 1), 0, 1)
-    patch = below + opacity * (patch - below)
-    return geometry.paste(
-        canvas.background, np.clip(np.rint(patch), 0, 255).astype(np.uint8), view.window, canvas.guide
-    )
+    return _pasted(canvas.background, below + opacity * (patch - below), view.window, canvas.guide)
 
 
-def seam_correction(painted: Field, background: Field, shape: Mask, guide: Mask) -> Field:
+def seam_correction(painted: Field, background: Field, shape: Mask, guide: Mask, real: Mask) -> Field:
     """What to add inside the guide so that the painting meets the background's colours at the rim.
 
     Just outside the rim the background's local mean colour is taken, just inside it that of the ring painted as healthy
     tissue; their difference, which both Gaussian means carry inwards, fades over the ring. Where the shape itself
-    touches the rim nothing is known, and nothing is changed. All at the model's resolution.
+    touches the rim, and beyond the ``real`` pixels, nothing is known, and nothing is changed. All at the model's size.
     """
     scale = SEAM_SCALE * guide.shape[0]
     depth = ndimage.distance_transform_edt(guide)
     height = ndimage.distance_transform_edt(~guide)
     near_shape = ndimage.distance_transform_edt(~shape) if shape.any() else np.full(shape.shape, np.inf)
     inside = np.where(guide & (near_shape > 1), np.exp(-((depth / scale) ** 2)), 0)
-    outside = np.where(~guide, np.exp(-((height / scale) ** 2)), 0)
+    outside = np.where(~guide & real, np.exp(-((height / scale) ** 2)), 0)
 
     def local_mean(image: Field, weight: NDArray[np.floating]) -> tuple[Field, Field]:
         known = weight[..., None].astype(np.float32)
@@ -233,8 +253,11 @@ def fit_lesion(background: Image, shape: Mask, guide: Mask, donor_image: Image, 
 
     The donor's lesion is moved by the affine map between the second moments of the two masks (the optimal transport
     between Gaussians: no needless turn); beyond its own rim it goes on with its nearest pixel. Its contrast to the
-    donor's surroundings is laid on the new surroundings, which fill the whole guide from outside it.
+    donor's surroundings is laid on the new surroundings, which fill the whole guide from outside it. Raises
+    ``ValueError`` for an empty mask.
     """
+    if not (shape.any() and donor_mask.any()):
+        raise ValueError("an empty mask has no lesion to fit")
     window = geometry.window_around(guide, 1.5)
     smooth, ring = _surroundings(background, guide, window)
     inner = geometry.extend_window(shape, window)
@@ -245,15 +268,11 @@ def fit_lesion(background: Image, shape: Mask, guide: Mask, donor_image: Image, 
     return _pasted(background, ring + opacity * (lesion - ring), window, guide)
 
 
-SHADE = 12.0
-"""Grey levels added before contrasts are taken as ratios, so that near-black surroundings do not blow them up."""
-
-
 def _surroundings(background: Image, guide: Mask, window: Window) -> tuple[Field, Field]:
     """The window of the background with its guide filled from outside: smoothly, and with mirrored texture as well.
     The pixels next to the guide do not count: they may be the rim of an old lesion, or the frame of a picture."""
     around = geometry.crop_window(background, window).astype(np.float32)
-    hole = geometry.extend_window(geometry.dilate(guide, FEATHER), window)
+    hole = ~geometry.crop_window(~geometry.dilate(guide, FEATHER), window)
     smooth = geometry.smooth_fill(around, hole)
     return smooth, smooth + geometry.mirrored_detail(around, hole)
 
@@ -270,23 +289,24 @@ def _donor_contrast(donor_image: Image, donor_mask: Mask, shape: Mask, channels:
     lesion = geometry.crop_window(donor_mask, window)
     if image.shape[2] != channels:
         image = np.broadcast_to(image.mean(axis=2, keepdims=True), (*image.shape[:2], channels))
-    ratio = (image + SHADE) / (geometry.smooth_fill(image, geometry.extend_window(margin, window)) + SHADE)
+    around = geometry.smooth_fill(image, ~geometry.crop_window(~margin, window))
+    ratio = (image + SHADE) / (around + SHADE)
     nearest = ndimage.distance_transform_edt(~lesion, return_distances=False, return_indices=True)
     ratio = ratio[nearest[0], nearest[1]]
-    scale = geometry.equivalent_diameter(shape) / geometry.equivalent_diameter(lesion)
-    if scale < 1:
-        size = (max(8, round(lesion.shape[0] * scale)), max(8, round(lesion.shape[1] * scale)))
-        ratio, lesion = geometry.resize_image(ratio, size), geometry.resize_mask(lesion, size)
     from_centre, from_spread = _moments(lesion)
     to_centre, to_spread = _moments(shape)
+    side = max(8, round(window.side * geometry.equivalent_diameter(shape) / geometry.equivalent_diameter(lesion)))
+    if side < window.side:
+        scale = side / window.side
+        ratio = geometry.resize_image(ratio, (side, side))
+        from_centre, from_spread = (from_centre + 0.5) * scale - 0.5, from_spread * scale**2
     transport = _gaussian_transport(to_spread, from_spread)
-    grid = np.stack(np.mgrid[: shape.shape[0], : shape.shape[1]]).reshape(2, -1).astype(np.float64)
+    grid = np.indices(shape.shape).reshape(2, -1)
     places = from_centre[:, None] + transport @ (grid - to_centre[:, None])
-    sampled: list[Field] = [
-        ndimage.map_coordinates(ratio[..., c], places, order=1, mode="nearest").reshape(shape.shape)
-        for c in range(channels)
-    ]
-    return np.stack(sampled, axis=2).astype(np.float32)
+    sampled = np.empty((*shape.shape, channels), np.float32)
+    for c in range(channels):
+        sampled[..., c] = ndimage.map_coordinates(ratio[..., c], places, order=1, mode="nearest").reshape(shape.shape)
+    return sampled
 
 
 def _moments(mask: Mask) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -168,7 +168,8 @@ def sample(unet: UNet2DModel, recipe: Recipe, seeds: Sequence[int], masks: Seque
         missing = [seed for seed in seeds if seed not in shapes]
         noises = [derive(seed, "redraw", attempt) if attempt else seed for seed in missing]
         for seed, field in zip(missing, _ddim(unet, recipe.mask_generation, noises), strict=True):
-            shape = tidy(resize_image(field[..., None], (size, size))[..., 0] > 0, real.have_holes)
+            components = real.components[derive(seed, "components") % len(real.components)]
+            shape = tidy(resize_image(field[..., None], (size, size))[..., 0] > 0, components, real.have_holes)
             if real.smallest / AREA_SLACK <= shape.mean() <= real.largest * AREA_SLACK:
                 shapes[seed] = shape
     return [shapes[seed] if seed in shapes else geometric(masks, seed, size) for seed in seeds]
@@ -191,30 +192,40 @@ def _ddim(unet: UNet2DModel, settings: MaskGeneration, seeds: Sequence[int]) -> 
     return fields
 
 
-def tidy(shape: Mask, keep_holes: bool) -> Mask:
-    """The shape without specks and, unless ``keep_holes``, without holes."""
-    components, count = ndimage.label(shape, np.ones((3, 3)))
+def tidy(shape: Mask, components: int, keep_holes: bool) -> Mask:
+    """The largest ``components`` of a shape, without specks and, unless ``keep_holes``, without holes."""
+    labels, count = ndimage.label(shape, np.ones((3, 3)))
     if count == 0:
         return shape.copy()
-    areas = np.bincount(components.ravel())
+    areas = np.bincount(labels.ravel())
     areas[0] = 0
-    kept = (areas >= SPECK * areas.max())[components] & shape
+    least = max(np.sort(areas)[-min(components, count)], SPECK * areas.max())
+    kept = (areas >= least)[labels] & shape
     return kept if keep_holes else np.asarray(ndimage.binary_fill_holes(kept))
+
+
+def count_components(mask: Mask) -> int:
+    """The number of 8-connected components of a mask, specks not counted."""
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    areas = np.bincount(labels.ravel())[1:]
+    return int((areas >= SPECK * areas.max(initial=0)).sum())
 
 
 @dataclass(frozen=True)
 class _Real:
-    """What the real masks say of how a shape may look: their smallest and largest share of the image, and holes."""
+    """What the real masks say of how a shape may look: their smallest and largest share of the image, the number of
+    components of each, and whether any has holes."""
 
     smallest: float
     largest: float
+    components: tuple[int, ...]
     have_holes: bool
 
     @classmethod
     def of(cls, masks: Sequence[Mask]) -> _Real:
         areas = [float(mask.mean()) for mask in masks]
         holes = [(ndimage.binary_fill_holes(mask) & ~mask).sum() > SPECK * mask.sum() for mask in masks]
-        return cls(min(areas), max(areas), any(holes))
+        return cls(min(areas), max(areas), tuple(count_components(mask) for mask in masks), any(holes))
 
 
 def place(shape: Mask, size: tuple[int, int]) -> Mask:
@@ -243,6 +254,7 @@ def _largest(field: Field, count: int) -> Mask:
 
 HARMONICS = 8
 ANGLES = 96
+RADII = 1024
 
 
 @dataclass(frozen=True)
@@ -261,7 +273,7 @@ def geometric(masks: Sequence[Mask], seed: int, size: int = 128) -> Mask:
 
     Raises ``ValueError`` if no mask holds anything.
     """
-    blobs = [_blob(resize_mask(mask, (size, size))) for mask in masks if mask.any()]
+    blobs = [_blob(mask) for mask in masks if mask.any()]
     if not blobs:
         raise ValueError("a geometric shape needs at least one mask that is not empty")
     rng = np.random.default_rng(seed)
@@ -270,9 +282,10 @@ def geometric(masks: Sequence[Mask], seed: int, size: int = 128) -> Mask:
     centre = base.centre + rng.normal(0, _spread([b.centre for b in blobs], 0.06) * bandwidth)
     log_radius = base.log_radius + rng.normal(0, _spread([b.log_radius for b in blobs], 0.15) * bandwidth)
     strength = np.sqrt(np.mean([np.abs(b.lobes) ** 2 for b in blobs], axis=0))
-    lobes = np.abs(base.lobes) * rng.uniform(0.5, 1.5, HARMONICS) + 0.25 * strength
-    phases = np.where(np.arange(1, HARMONICS + 1) == 2, np.angle(base.lobes) + rng.normal(0, 0.4), rng.uniform(0, 7, 8))
-    return _drawn(_Blob(centre, log_radius, lobes * np.exp(1j * phases)), size)
+    turned = rng.uniform(0, 2 * np.pi, HARMONICS)
+    turned[1] = rng.normal(0, 0.4)
+    amplitudes = np.abs(base.lobes) * rng.uniform(0.6, 1.2, HARMONICS) + 0.1 * strength
+    return _drawn(_Blob(centre, log_radius, amplitudes * np.exp(1j * (np.angle(base.lobes) + turned))), size)
 
 
 def _spread(values: Sequence[NDArray[np.float64] | float], least: float) -> NDArray[np.float64]:
@@ -281,20 +294,18 @@ def _spread(values: Sequence[NDArray[np.float64] | float], least: float) -> NDAr
 
 def _blob(mask: Mask) -> _Blob:
     """The outline of a mask's largest component, seen from its centroid."""
-    components, count = ndimage.label(mask, np.ones((3, 3)))
-    if count == 0:
-        components, count = np.ones(mask.shape, np.int32), 1
-    main = components == 1 + np.argmax(np.bincount(components.ravel())[1:])
-    y, x = np.nonzero(main)
-    centre = np.array([y.mean(), x.mean()])
-    distance = np.hypot(y - centre[0], x - centre[1])
-    sector = ((np.arctan2(y - centre[0], x - centre[1]) / (2 * np.pi) * ANGLES).round() % ANGLES).astype(int)
-    radius = np.full(ANGLES, 0.5)
-    np.maximum.at(radius, sector, distance)
-    spectrum = np.fft.fft(np.log(radius)) / ANGLES
-    return _Blob(
-        (centre + 0.5) / mask.shape[0], float(np.log(np.sqrt(main.mean() / np.pi))), spectrum[1 : HARMONICS + 1]
-    )
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    main = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
+    size = np.array(mask.shape)
+    centre = (np.argwhere(main).mean(axis=0) + 0.5) / size
+    angles = np.arange(ANGLES) * 2 * np.pi / ANGLES
+    radii = np.linspace(0, np.sqrt(2), RADII)
+    rays = centre[:, None, None] + np.stack([np.sin(angles), np.cos(angles)])[:, :, None] * radii
+    pixels = np.clip((rays * size[:, None, None]).astype(int), 0, (size - 1)[:, None, None])
+    inside = main[tuple(pixels)] & ((rays >= 0) & (rays < 1)).all(axis=0)
+    farthest = np.where(inside, radii, radii[1]).max(axis=1)
+    spectrum = np.fft.fft(np.log(farthest)) / ANGLES
+    return _Blob(centre, float(np.log(np.sqrt(main.mean() / np.pi))), spectrum[1 : HARMONICS + 1])
 
 
 def _drawn(blob: _Blob, size: int) -> Mask:

@@ -1,0 +1,10 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "gateway"))
+
+from gateways import gateway
+
+__all__ = ["gateway"]

@@ -1,0 +1,176 @@
+"""The command line against a real gateway: answers, JSON, faults and exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from gateways import Gateway
+from meddiff.cli import app
+from meddiff.contracts.jobs import End, EndStatus, Job, Progress
+from meddiff.contracts.problems import problem
+from meddiff.contracts.recipes import CPU
+from meddiff.store.keys import JobKeys
+from meddiff.watching import describe
+from meddiff_services.gateway.ids import created_at, uuid7
+from stored import archive, put_dataset, put_generated, put_model
+from typer.testing import CliRunner, Result
+
+
+@pytest.fixture
+def meddiff(gateway: Gateway) -> Command:
+    return Command(gateway)
+
+
+class Command:
+    """``meddiff`` with the gateway's address in its environment."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._environment = {"MEDDIFF_URL": gateway.url, "COLUMNS": "200"}
+
+    def __call__(self, *arguments: str) -> Result:
+        result = CliRunner().invoke(app, list(arguments), env=self._environment)
+        assert "Traceback" not in result.output
+        return result
+
+
+def dataset_of(gateway: Gateway) -> str:
+    return put_dataset(gateway.store, gateway.tenant).id
+
+
+def test_finetune_detached_prints_the_job(meddiff: Command, gateway: Gateway) -> None:
+    changes = ["--set", "finetuning.steps=9", "--set", "finetuning.prompt=a spot", "--set", "work.shard_size=4"]
+    result = meddiff("finetune", dataset_of(gateway), *changes, "--detach", "--json")
+    assert result.exit_code == 0
+    recipe = json.loads(result.stdout)["recipe"]
+    assert (recipe["finetuning"]["steps"], recipe["finetuning"]["prompt"]) == (9, "a spot")
+    assert recipe["work"]["shard_size"] == 4
+
+
+def test_finetune_imports_a_local_folder_first(meddiff: Command, tmp_path: Path) -> None:
+    (tmp_path / "dataset.zip").write_bytes(archive())
+    zipfile.ZipFile(tmp_path / "dataset.zip").extractall(tmp_path / "dataset")
+    result = meddiff("finetune", str(tmp_path / "dataset"), "--detach", "--json")
+    assert json.loads(result.stdout)["request"]["dataset_uri"].startswith("ds_")
+
+
+def test_every_fault_is_listed_and_the_exit_code_says_so(meddiff: Command, gateway: Gateway) -> None:
+    result = meddiff("finetune", dataset_of(gateway), "--max-pairs", "1", "--set", "work.shard_size=0", "--name", "a b")
+    assert result.exit_code == 1
+    for pointer in ("/max_pairs", "/recipe/override/work/shard_size", "/name"):
+        assert pointer in result.stderr
+
+
+def test_a_change_of_no_form_is_a_usage_error(meddiff: Command, gateway: Gateway) -> None:
+    result = meddiff("finetune", dataset_of(gateway), "--set", "steps")
+    assert result.exit_code == 2
+    assert "PART.FIELD=VALUE" in result.stderr
+
+
+@pytest.mark.parametrize(("status", "code"), [("succeeded", 0), ("incomplete", 1), ("failed", 1), ("cancelled", 1)])
+def test_generate_is_watched_to_its_end(meddiff: Command, gateway: Gateway, status: EndStatus, code: int) -> None:
+    card = put_model(gateway.store, gateway.tenant, put_dataset(gateway.store, gateway.tenant))
+    ending = threading.Thread(target=end_soon, args=(gateway, card.id, status))
+    ending.start()
+    result = meddiff("generate", card.id, "--count", "3", "--seed", "4")
+    ending.join()
+    assert result.exit_code == code
+    assert f": {status}" in result.stdout
+    assert f"  {status}" in result.stderr
+    assert ("too few" in result.stderr) == (status == "incomplete")
+
+
+def end_soon(gateway: Gateway, model_id: str, status: EndStatus) -> None:
+    """Ends the model's job once there is one."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for job in gateway.http.get("/jobs", params={"kind": "generate"}).json()["jobs"]:
+            if job["request"]["model"] == model_id:
+                trouble = problem("attempts-exhausted", "too few") if status == "incomplete" else None
+                end = End(status=status, finished_at=datetime.now(UTC), result={"accepted": 1}, problem=trouble)
+                gateway.store.create_json(JobKeys(gateway.tenant, job["id"]).end, end)
+                return
+        time.sleep(0.05)
+
+
+def test_jobs_are_listed_shown_and_cancelled(meddiff: Command, gateway: Gateway) -> None:
+    job_id = json.loads(meddiff("finetune", dataset_of(gateway), "--detach", "--json").stdout)["id"]
+    assert job_id in meddiff("jobs").stdout
+    assert job_id not in meddiff("jobs", "--kind", "generate").stdout
+    assert job_id in meddiff("cancel", job_id).stdout
+    assert json.loads(meddiff("jobs", job_id, "--json").stdout)["status"] in ("cancelling", "cancelled")
+    listed = json.loads(meddiff("jobs", "--limit", "2", "--json").stdout)
+    assert listed[0]["id"] == job_id
+    missing = meddiff("cancel", "nonsense")
+    assert (missing.exit_code, "no job" in missing.stderr) == (1, True)
+
+
+def test_pull(meddiff: Command, gateway: Gateway, tmp_path: Path) -> None:
+    made = put_generated(gateway.store, gateway.tenant)
+    result = meddiff("pull", made.spec.id, str(tmp_path / "here"))
+    assert (result.exit_code, "2 pairs" in result.stdout) == (0, True)
+    assert len(list((tmp_path / "here" / "pairs").glob("*.png"))) == 8
+    gateway.store.put(JobKeys(gateway.tenant, made.spec.id).candidate(0, "image"), b"another")
+    result = meddiff("pull", made.spec.id, str(tmp_path / "there"))
+    assert (result.exit_code, "SHA-256" in result.stderr) == (1, True)
+
+
+def test_validate_names_every_fault(meddiff: Command, tmp_path: Path) -> None:
+    (tmp_path / "good.zip").write_bytes(archive())
+    (tmp_path / "bad.zip").write_bytes(archive(mask_size=(9, 9)))
+    good = meddiff("validate", str(tmp_path / "good.zip"))
+    assert (good.exit_code, "valid" in good.stdout, "3 pairs" in good.stdout) == (0, True, True)
+    bad = meddiff("validate", str(tmp_path / "bad.zip"))
+    assert (bad.exit_code, "not valid" in bad.stdout) == (1, True)
+    for n in range(3):
+        assert f"masks/{n}.png" in bad.stderr
+    refused = meddiff("validate", "s3://elsewhere/pairs")
+    assert (refused.exit_code, "/dataset_uri" in refused.stderr) == (1, True)
+
+
+def test_models(meddiff: Command, gateway: Gateway) -> None:
+    card = put_model(gateway.store, gateway.tenant, put_dataset(gateway.store, gateway.tenant), "shown")
+    assert card.id in meddiff("models").stdout
+    assert json.loads(meddiff("models", "shown").stdout)["id"] == card.id
+    assert card.id in {model["id"] for model in json.loads(meddiff("models", "--json").stdout)}
+
+
+def test_without_a_service_it_says_how_to_start_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "meddiff.cli", "models", "--url", "http://127.0.0.1:9"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "meddiff up" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_without_the_stack_installed_it_says_what_to_install(command: str, tmp_path: Path) -> None:
+    script = f"import sys; sys.modules['psutil'] = None; from meddiff.cli import app; app([{command!r}])"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, "meddiff[all]" in ended.stderr) == (1, True)
+    assert "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_reads_plainly() -> None:
+    job = Job(
+        id=uuid7(),
+        kind="finetune",
+        status="running",
+        stage="inpainter",
+        progress=Progress(done=60, total=360, unit="steps"),
+        eta_seconds=75.2,
+        created_at=created_at(uuid7()),
+        request={},
+        recipe=CPU,
+    )
+    assert describe(job) == "inpainter, 60/360 steps, about 1 min 15 s left"
+    waiting = job.model_copy(update={"status": "queued", "progress": None, "eta_seconds": None, "queue_position": 2})
+    assert describe(waiting) == "queued, place 2 in the queue"

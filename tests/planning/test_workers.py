@@ -1,0 +1,282 @@
+"""Real worker processes on a real Redis and a real S3 server, with stages that do next to nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from jobspecs import finetune, generate, imported, scored, small
+from meddiff.contracts.jobs import End, FinetuneSpec, Spec
+from meddiff.contracts.tasks import QUEUE_OF, Marker, Task
+from meddiff.planning.dispatch import active_jobs, sweep
+from meddiff.planning.jobs import cancel, read_job
+from meddiff.planning.leases import Leases, Snapshot
+from meddiff.planning.plan import finetune_steps
+from meddiff.planning.queues import Sender, celery_app
+from meddiff.planning.selection import Entry, Tally, budget, fold, is_full
+from meddiff.settings import Settings
+from meddiff.store.keys import JobKeys, active
+from meddiff.store.objects import NotFound, ObjectStore
+
+QUEUES = sorted(set(QUEUE_OF.values()))
+JOBS = [f"0197f000-0000-7000-8000-00000000000{n}" for n in range(6)]
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return settings.model_copy(update={"lease_seconds": 3.0})
+
+
+@pytest.fixture
+def leases(settings: Settings) -> Leases:
+    return Leases.connect(settings.redis_url, settings.lease_seconds)
+
+
+class Cluster:
+    """Workers, and the sweep that the gateway would do."""
+
+    def __init__(self, settings: Settings, store: ObjectStore, leases: Leases, folder: Path) -> None:
+        self.store, self.leases = store, leases
+        self._settings, self._folder = settings, folder
+        self._send = Sender(celery_app(settings))
+        self.workers: list[subprocess.Popen[bytes]] = []
+
+    def start_worker(self, *queues: str) -> subprocess.Popen[bytes]:
+        here = Path(__file__).parent
+        s = self._settings
+        environment = os.environ | {
+            "PYTHONPATH": str(here),
+            "MEDDIFF_REDIS_URL": s.redis_url,
+            "MEDDIFF_S3_ENDPOINT": s.s3_endpoint,
+            "MEDDIFF_S3_ACCESS_KEY": s.s3_access_key.get_secret_value(),
+            "MEDDIFF_S3_SECRET_KEY": s.s3_secret_key.get_secret_value(),
+            "MEDDIFF_S3_BUCKET": s.s3_bucket,
+            "MEDDIFF_SCRATCH": str(s.scratch),
+            "MEDDIFF_LEASE_SECONDS": str(s.lease_seconds),
+        }
+        with (self._folder / f"worker{len(self.workers)}.log").open("wb") as out:
+            worker = subprocess.Popen(
+                [sys.executable, str(here / "serve.py"), *(queues or QUEUES)], env=environment, stdout=out, stderr=out
+            )
+        self.workers.append(worker)
+        return worker
+
+    def submit(self, spec: Spec) -> JobKeys:
+        keys = JobKeys(spec.tenant, spec.id)
+        self.store.put_json(keys.spec, spec)
+        self.store.put(active(spec.tenant, spec.id), b"")
+        return keys
+
+    def until(self, condition: Callable[[], Any], seconds: float = 40.0) -> Any:
+        """What ``condition`` gives once it is true, sweeping meanwhile."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            sweep(self.store, self.leases, self._send, "test")
+            if result := condition():
+                return result
+            time.sleep(0.1)
+        raise AssertionError(f"not within {seconds} s:\n{self.logs()}")
+
+    def end_of(self, keys: JobKeys) -> End | None:
+        try:
+            return self.store.get_json(keys.end, End)
+        except NotFound:
+            return None
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text()[-3000:] for path in sorted(self._folder.glob("worker*.log")))
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            if worker.poll() is None:
+                worker.terminate()
+        for worker in self.workers:
+            try:
+                worker.wait(10)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
+
+
+@pytest.fixture
+def cluster(settings: Settings, store: ObjectStore, leases: Leases, tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(settings, store, leases, tmp_path)
+    yield cluster
+    cluster.stop()
+
+
+def markers(store: ObjectStore, keys: JobKeys) -> dict[tuple[str, int], Any]:
+    found = [store.get_json(key, Marker) for key in store.list(keys.done_root)]
+    return {(marker.stage, marker.shard): marker.output for marker in found}
+
+
+def running_on(leases: Leases, worker: subprocess.Popen[bytes]) -> Callable[[], bool]:
+    return lambda: any(f"-{worker.pid}@" in holder for holder in leases.snapshot().leases.values())
+
+
+def test_both_kinds_of_job_survive_a_killed_worker_and_a_flush(cluster: Cluster) -> None:
+    store, leases = cluster.store, cluster.leases
+    trained, made = finetune(job_id=JOBS[0]), generate(24, start_index=40, job_id=JOBS[1])
+    first, second = cluster.submit(trained), cluster.submit(made)
+    assert read_job(store, leases, "local", JOBS[0]).status == "queued"
+    assert read_job(store, leases, "local", JOBS[1]).queue_position == 2
+    victim = cluster.start_worker()
+    cluster.start_worker()
+    cluster.until(running_on(leases, victim))
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    cluster.start_worker()
+    cluster.until(lambda: store.exists(second.done("quality", 1)))
+    leases.client.flushall()
+    ends = cluster.until(lambda: (a, b) if (a := cluster.end_of(first)) and (b := cluster.end_of(second)) else None)
+
+    assert [end.status for end in ends] == ["succeeded", "succeeded"]
+    steps = finetune_steps(trained.recipe, imported())
+    expected = {(step.stage, shard) for step in steps for shard in range(step.shards)} | {("import", 0)}
+    assert set(markers(store, first)) == expected
+    tally = Tally()
+    while not is_full(tally, made) and tally.shards < budget(made):
+        tally = fold(tally, [[Entry.model_validate(c) for c in scored(made, tally.shards)]], made)
+    assert ends[1].result == {"accepted": 24, "requested": 24, "next_start_index": 40 + tally.judged}
+    cluster.until(lambda: active_jobs(store) == [])
+    for spec in (trained, made):
+        job = read_job(store, leases, "local", spec.id)
+        assert job.status == "succeeded"
+        assert job.progress is not None
+        assert job.progress.done == job.progress.total
+        assert job.started_at is not None
+        assert job.created_at <= job.started_at <= (job.finished_at or job.started_at)
+
+
+def test_a_problem_ends_the_job_at_once(cluster: Cluster) -> None:
+    cluster.start_worker("datasets")
+    spec = _with_metadata(finetune(job_id=JOBS[0]), fault="import")
+    keys = cluster.submit(spec)
+    end = cluster.until(lambda: cluster.end_of(keys))
+    assert end.status == "failed"
+    assert end.problem.type.endswith("invalid-dataset")
+    assert [fault.pointer for fault in end.problem.errors] == ["a.png"]
+    assert markers(cluster.store, keys) == {}
+
+
+def test_poison_ends_the_job_after_three_tries_and_tells_nothing_of_the_data(cluster: Cluster) -> None:
+    cluster.start_worker()
+    keys = cluster.submit(_with_metadata(finetune(job_id=JOBS[0]), fault="inpainter"))
+    end = cluster.until(lambda: cluster.end_of(keys))
+    assert end.status == "failed"
+    assert end.problem.type.endswith("task-failed")
+    assert "Shard 0 of stage inpainter" in end.problem.detail
+    assert len(list(cluster.store.list(keys.faults("inpainter", 0)))) == 3
+    stored = b"".join(cluster.store.get(key) for key in cluster.store.list(keys.faults_root))
+    assert b"user's data" not in stored + cluster.store.get(keys.end)
+    assert "user's data" not in cluster.logs()
+
+
+def test_cancel_takes_effect_at_the_next_step(cluster: Cluster) -> None:
+    worker = cluster.start_worker()
+    keys = cluster.submit(_with_metadata(finetune(job_id=JOBS[0]), endless="inpainter"))
+    training = Task(tenant="local", job_id=JOBS[0], stage="inpainter", shard=0)
+    cluster.until(lambda: cluster.leases.snapshot().holds(training) and running_on(cluster.leases, worker)())
+    cancel(cluster.store, "local", JOBS[0], datetime.now(UTC))
+    assert read_job(cluster.store, cluster.leases, "local", JOBS[0]).status in ("cancelling", "cancelled")
+    end = cluster.until(lambda: cluster.end_of(keys), 10)
+    assert end.status == "cancelled"
+    assert not cluster.leases.snapshot().runs("local", JOBS[0])
+    assert not cluster.store.exists(keys.done("inpainter", 0))
+
+
+def test_a_leaving_worker_stops_at_the_next_step_and_another_takes_up_the_task(cluster: Cluster) -> None:
+    leaving = cluster.start_worker()
+    cluster.submit(_with_metadata(finetune(job_id=JOBS[0]), endless="inpainter"))
+    held = _lease_of("inpainter", cluster.leases)
+    cluster.until(lambda: f"-{leaving.pid}@" in held())
+    staying = cluster.start_worker()
+    began = time.monotonic()
+    leaving.terminate()
+    assert leaving.wait(10) == 0
+    cluster.until(lambda: f"-{staying.pid}@" in held())
+    assert time.monotonic() - began < 10
+
+
+def test_a_child_killed_alone_is_replaced_and_its_task_taken_up_again(cluster: Cluster) -> None:
+    worker = cluster.start_worker()
+    cluster.submit(_with_metadata(finetune(job_id=JOBS[0]), endless="inpainter"))
+    held = _lease_of("inpainter", cluster.leases)
+    first = cluster.until(lambda: holder if f"-{worker.pid}@" in (holder := held()) else "")
+    for child in psutil.Process(worker.pid).children():
+        child.kill()
+    cluster.until(lambda: f"-{worker.pid}@" in (holder := held()) and holder != first)
+
+
+def test_progress_and_estimate_while_it_trains(cluster: Cluster) -> None:
+    cluster.start_worker()
+    recipe = small(finetuning={"steps": 400, "segment_steps": 10})
+    cluster.submit(finetune(recipe, job_id=JOBS[0]))
+    job = cluster.until(
+        lambda: found if (found := read_job(cluster.store, cluster.leases, "local", JOBS[0])).eta_seconds else None
+    )
+    assert job.status == "running"
+    assert job.progress is not None
+    assert job.progress.total == 405
+    assert job.progress.unit == "steps"
+    assert job.queue_position is None
+
+
+def test_queues_stay_shallow(cluster: Cluster) -> None:
+    """Without a worker one task a queue is in flight, however much is due and however often it is planned."""
+    for n in range(4):
+        cluster.submit(generate(100, job_id=JOBS[n]))
+    seen: list[Snapshot] = []
+    cluster.until(lambda: seen.append(cluster.leases.snapshot()) or len(seen) == 8)
+    assert {snapshot.in_flight("masks") for snapshot in seen} == {1}
+    time.sleep(cluster.leases.seconds)  # The lease of the waiting message runs out: it is not sent again.
+    cluster.until(lambda: seen.append(cluster.leases.snapshot()) or len(seen) == 12)
+    assert cluster.leases.backlog("masks") == 1
+
+
+def test_one_runs_a_task_at_a_time(leases: Leases) -> None:
+    task = Task(tenant="local", job_id=JOBS[0], stage="masks", shard=3)
+    assert leases.reserve(task)
+    assert not leases.reserve(task)
+    assert leases.take(task, "a")
+    assert not leases.take(task, "b")
+    assert leases.take(task, "a"), "taking again renews"
+    leases.release(task, "b")
+    assert leases.snapshot().running("masks") == 1
+    leases.client.flushall()
+    assert leases.take(task, "a"), "a flush takes nothing from who still works"
+    assert not leases.take(task, "b")
+    leases.release(task, "a")
+    assert leases.snapshot().leases == {}
+
+
+def test_one_leader_sweeps(leases: Leases) -> None:
+    assert leases.lead("a", 5)
+    assert not leases.lead("b", 5)
+    assert leases.lead("a", 0.05)
+    _wait(lambda: leases.lead("b", 5))
+    assert not leases.lead("a", 5)
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _with_metadata(spec: FinetuneSpec, **metadata: str) -> FinetuneSpec:
+    return spec.model_copy(update={"request": spec.request.model_copy(update={"metadata": metadata})})
+
+
+def _lease_of(stage: str, leases: Leases) -> Callable[[], str]:
+    return lambda: next((h for key, h in leases.snapshot().leases.items() if f":{stage}:" in key), "")

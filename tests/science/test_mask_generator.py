@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from meddiff.contracts.recipes import CPU, GPU, PAPER, Recipe, override
+from meddiff.science import mask_generator
+from meddiff.science.geometry import Mask
+from meddiff.science.mask_generator import count_components, geometric, place, tidy
+from meddiff.science.training import StepLog, TrainingState
+from scipy import ndimage
+
+TINY = override(
+    CPU,
+    {"mask_generation": {"resolution": 16, "widths": [8, 16], "steps": 6, "batch_size": 4, "sampling_steps": 4}},
+)
+
+
+def ellipse(height: int, width: int, y: float, x: float, a: float, b: float) -> Mask:
+    rows, columns = np.ogrid[:height, :width]
+    return np.asarray(((rows - y) / a) ** 2 + ((columns - x) / b) ** 2 <= 1)
+
+
+MASKS = [ellipse(90, 120, 40 + n, 60 - 2 * n, 15 + n, 20 - n) for n in range(9)]
+
+
+def trained(state: TrainingState | None, stop: int, log: list[StepLog] | None = None, seed: int = 1) -> TrainingState:
+    torch.set_num_threads(1)
+    on_step = (log if log is not None else []).append
+    return mask_generator.train(MASKS, TINY, seed, state, stop, on_step, lambda: False)
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory: pytest.TempPathFactory) -> mask_generator.UNet2DModel:
+    """A hardly trained U-Net that went through its file."""
+    network = mask_generator.build(TINY.mask_generation)
+    network.load_state_dict(trained(None, 6).ema)
+    folder = tmp_path_factory.mktemp("mask_generator")
+    network.save_pretrained(folder)
+    return mask_generator.load(folder)
+
+
+# ------------------------------------------------------------------------------------------------------- the network
+
+
+@pytest.mark.parametrize("recipe", [PAPER, GPU, CPU], ids=lambda recipe: recipe.name)
+def test_the_network_has_a_level_for_each_width_of_the_recipe(recipe: Recipe) -> None:
+    network = mask_generator.build(recipe.mask_generation)
+    assert tuple(network.config.block_out_channels) == recipe.mask_generation.widths
+    size = recipe.mask_generation.resolution
+    with torch.no_grad():
+        assert network(torch.zeros(1, 1, size, size), 5).sample.shape == (1, 1, size, size)
+
+
+def test_training_resumes_bit_for_bit_and_hangs_on_its_seed() -> None:
+    log: list[StepLog] = []
+    whole = trained(None, 6, log).to_tensors()
+    resumed = trained(TrainingState.from_tensors(trained(None, 2).to_tensors()), 6).to_tensors()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    other = trained(None, 6, seed=2).to_tensors()
+    assert not torch.equal(whole["params.conv_in.weight"], other["params.conv_in.weight"])
+    assert [entry.step for entry in log] == [1, 2, 3, 4, 5, 6]
+
+
+def test_training_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    trained(None, 1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_empty_masks_are_refused() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        mask_generator.train([*MASKS, np.zeros((9, 9), np.bool_)], TINY, 1, None, 1, lambda _: None, lambda: False)
+
+
+def test_augmentation_keeps_place_and_size_of_a_lesion_roughly() -> None:
+    mask = ellipse(64, 64, 22, 40, 10, 14)
+    x = mask_generator._signed(mask, 64)[None].repeat(200, 1, 1, 1)
+    changed = mask_generator._augmented(x, torch.Generator().manual_seed(0)) > 0
+    areas = changed.float().mean(dim=(1, 2, 3)).numpy()
+    assert 0.75 * mask.mean() < areas.min() < mask.mean() < areas.max() < 1.4 * mask.mean()
+    rows = [np.argwhere(m[0].numpy()).mean(axis=0)[0] for m in changed]
+    columns = [np.argwhere(m[0].numpy()).mean(axis=0)[1] for m in changed]
+    assert np.abs(np.array(rows) - 22).max() < 4
+    assert {round(c) for c in columns} & set(range(20, 26))
+    assert {round(c) for c in columns} & set(range(37, 43))
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+
+def test_a_shape_depends_on_its_seed_alone(unet: mask_generator.UNet2DModel) -> None:
+    many = mask_generator.sample(unet, TINY, list(range(11)), MASKS)
+    alone = mask_generator.sample(unet, TINY, [9], MASKS)
+    assert (many[9] == alone[0]).all()
+    assert all(shape.shape == (64, 64) and shape.dtype == np.bool_ for shape in many)
+    assert len({shape.tobytes() for shape in many}) == 11
+
+
+def test_no_shape_is_empty_or_of_an_unreal_size(unet: mask_generator.UNet2DModel) -> None:
+    areas = [mask.mean() for mask in MASKS]
+    for shape in mask_generator.sample(unet, TINY, list(range(20, 36)), MASKS):
+        assert min(areas) / 2 < shape.mean() < max(areas) * 2
+
+
+def test_tidying_drops_specks_fills_holes_and_keeps_the_largest_components() -> None:
+    shape = ellipse(100, 100, 30, 30, 20, 20) | ellipse(100, 100, 80, 80, 10, 10) | ellipse(100, 100, 80, 20, 6, 6)
+    shape[30, 30] = False
+    shape[2, 2] = True
+    two = tidy(shape, components=2, keep_holes=False)
+    assert count_components(two) == 2
+    assert two[30, 30]
+    assert two[80, 80]
+    assert not two[80, 20]
+    assert not two[2, 2]
+    assert not tidy(shape, components=5, keep_holes=True)[30, 30]
+    assert not tidy(np.zeros((5, 5), np.bool_), 1, False).any()
+
+
+# ----------------------------------------------------------------------------------------------------------- placing
+
+
+@pytest.mark.parametrize("size", [(192, 256), (256, 256), (2016, 3024), (300, 90)])
+def test_a_placed_shape_keeps_its_share_and_centre_and_has_a_smooth_outline(size: tuple[int, int]) -> None:
+    low = ellipse(64, 64, 25, 40, 9, 14)
+    placed = place(low, size)
+    assert placed.shape == size
+    assert placed.mean() == pytest.approx(low.mean(), rel=0.02)
+    centre = (np.argwhere(placed).mean(axis=0) + 0.5) / size
+    assert centre == pytest.approx((np.argwhere(low).mean(axis=0) + 0.5) / 64, abs=0.01)
+    exact = ellipse(
+        *size, (25.5 / 64) * size[0] - 0.5, (40.5 / 64) * size[1] - 0.5, 9 / 64 * size[0], 14 / 64 * size[1]
+    )
+    assert (placed & exact).sum() / (placed | exact).sum() > 0.95
+    rim = placed & ~ndimage.binary_erosion(placed, border_value=1)
+    assert count_components(placed) == 1
+    assert rim.sum() < 1.1 * (exact & ~ndimage.binary_erosion(exact)).sum()
+
+
+@pytest.mark.parametrize("size", [(20, 30), (64, 64), (500, 400)])
+def test_the_smallest_shape_is_not_lost_and_the_extremes_stay(size: tuple[int, int]) -> None:
+    low = np.zeros((64, 64), np.bool_)
+    assert not place(low, size).any()
+    low[10, 10] = True
+    assert place(low, size).any()
+    assert place(np.ones((64, 64), np.bool_), size).all()
+
+
+def test_a_mask_of_the_images_own_size_is_placed_as_it_is() -> None:
+    assert (place(MASKS[0], MASKS[0].shape) == MASKS[0]).all()
+
+
+# --------------------------------------------------------------------------------------------------- geometric family
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_the_geometric_family_stays_near_the_masks_and_varies(count: int) -> None:
+    shapes = [geometric(MASKS[:count], seed) for seed in range(40)]
+    assert len({shape.tobytes() for shape in shapes}) == 40
+    areas = np.array([shape.mean() for shape in shapes])
+    assert np.median(areas) == pytest.approx(np.median([mask.mean() for mask in MASKS[:count]]), rel=0.2)
+    assert areas.std() > 0.05 * areas.mean()
+    centres = np.array([np.argwhere(shape).mean(axis=0) / 128 for shape in shapes])
+    real = np.array([np.argwhere(mask).mean(axis=0) / mask.shape for mask in MASKS[:count]])
+    assert np.abs(centres.mean(axis=0) - real.mean(axis=0)).max() < 0.05
+    assert all(count_components(shape) == 1 for shape in shapes)
+
+
+def test_a_geometric_shape_is_the_same_for_the_same_seed_and_needs_a_mask() -> None:
+    assert (geometric(MASKS, 5) == geometric(MASKS, 5)).all()
+    with pytest.raises(ValueError, match="at least one"):
+        geometric([np.zeros((5, 5), np.bool_)], 0)
