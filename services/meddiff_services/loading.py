@@ -18,6 +18,9 @@ from meddiff.science.foundation import Foundation
 from meddiff.settings import Settings
 from meddiff.store.objects import ObjectStore
 
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -50,7 +53,7 @@ def fetch_folder(store: ObjectStore, prefix: str, folder: Path, last: str) -> Pa
         for name in sorted(names, key=lambda n: n == last):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            store.download(prefix + name, target)
+            store.download_file(prefix + name, target)
     return folder
 
 

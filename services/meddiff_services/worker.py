@@ -297,6 +297,7 @@ def main(service: str, queues: Sequence[Queue], stages: str) -> None:
     """
     settings = Settings()
     configure_logs(service)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app = celery_app(settings)
     name = f"{service}-{os.getpid()}@{socket.gethostname()}"
     worker = Worker(settings, stages, name, Sender(app))

@@ -74,7 +74,7 @@ _TINTS: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, f
 
 
 def colour(rng: Generator, tint: str | None = None) -> Field:
-    """An RGB colour (3,) in [0, 1]: "skin", "pink", "brown", "pale", "grey", "any"; by default one of them by chance."""
+    """An RGB colour (3,) in [0, 1]: "skin", "pink", "brown", "pale", "grey" or "any"; by default one by chance."""
     tint = tint or str(rng.choice(["skin", "pink", "brown", "pale", "grey", "any", "any"]))
     if tint == "any":
         return rng.random(3, dtype=np.float32)

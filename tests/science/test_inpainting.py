@@ -73,13 +73,26 @@ def test_outside_the_guide_nothing_changes(f: Foundation, name: str, strength: f
     assert (difference[one.guide] > 0).mean() > 0.5
 
 
-@pytest.mark.parametrize("changes", [{"adaptive_guide": False}, {"guidance_scale": 3.0}])
+@pytest.mark.parametrize("changes", [{"adaptive_guide": False}, {"guidance_scale": 3.0}, {"ring_strength": 0.2}])
 def test_options_change_the_picture_but_not_the_outside(f: Foundation, changes: dict[str, object]) -> None:
     one = CANVASES["square"]
     (plain,) = inpaint(f, [one], SMALL)
     (image,) = inpaint(f, [one], override(SMALL, {"inpainting": changes}))
     assert (image != plain).any()
     assert (image[~one.guide] == one.background[~one.guide]).all()
+
+
+def test_a_low_ring_strength_holds_the_composite_around_the_lesion(f: Foundation) -> None:
+    """With a ring strength below the last timestep the ring is the composite, give or take what M rounds to cells."""
+    one = CANVASES["larger than the model"]
+    assert one.start is not None
+    recipe = override(SMALL, {"inpainting": {"ring_strength": 0.01, "adaptive_guide": False, "strength": 0.9}})
+    (image,) = inpaint(f, [one], recipe)
+    difference = np.abs(image.astype(int) - one.start.astype(int)).mean(axis=2)
+    ring = one.guide & ~geometry.dilate(one.shape, 25)
+    assert ring.any()
+    (free,) = inpaint(f, [one], override(SMALL, {"inpainting": {"strength": 0.9}}))
+    assert difference[ring].mean() < 0.5 * np.abs(free.astype(int) - one.start.astype(int)).mean(axis=2)[ring].mean()
 
 
 def test_bytes_depend_on_the_seed_and_not_on_the_company(f: Foundation) -> None:
@@ -162,6 +175,7 @@ def test_the_adaptive_guide_narrows_to_the_guide() -> None:
     assert (narrow >= exact).all()
     assert (wide[cells] == 1).all()
     assert 0 < wide[0, 16, 23] < 1
+    assert not guide_at(np.zeros((1, 32, 32), np.bool_), 4.0).any()
 
 
 # ------------------------------------------------------------------------------------------------------------- seams

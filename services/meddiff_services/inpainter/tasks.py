@@ -80,7 +80,7 @@ def _averaged(work: Work) -> dict[str, torch.Tensor]:
     part = "repair" if finetuning.separate_repair else "inpainter"
     path = work.scratch / f"{part}.{finetuning.steps:08d}.safetensors"
     if not path.exists():
-        work.store.download(work.keys.checkpoint(part, finetuning.steps, "state.safetensors"), path)
+        work.store.download_file(work.keys.checkpoint(part, finetuning.steps, "state.safetensors"), path)
     return TrainingState.from_tensors(load_file(path)).ema
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import numpy as np
 import torch
 from meddiff import __version__, signatures
-from meddiff.contracts.base import Contract, sha256_hex
+from meddiff.contracts.base import sha256_hex
 from meddiff.contracts.dataset import Case
 from meddiff.contracts.manifest import (
     Background,
@@ -17,7 +17,6 @@ from meddiff.contracts.manifest import (
     Manifest,
     Pair,
     Picture,
-    Reason,
     Rejected,
     Scores,
 )
@@ -91,18 +90,9 @@ def score(work: Work) -> Outcome:
     return Outcome(units=len(entries), output={"candidates": [entry.model_dump(mode="json") for entry in entries]})
 
 
-class Entry(Contract):
-    """A candidate in a ``quality`` marker. ``reason`` and ``signature`` are what selection reads; ``pair``, what the
-    manifest lists if the candidate is selected."""
-
-    index: int
-    reason: Reason | None
-    signature: str
-    scores: Scores | None
-    pair: Pair | None = None
-
-
-def _judged(work: Work, candidate: Candidate, encoder: quality.Encoder, reference: quality.Reference) -> Entry:
+def _judged(
+    work: Work, candidate: Candidate, encoder: quality.Encoder, reference: quality.Reference
+) -> selection.Entry:
     """The verdict on one candidate, and its label if it is good."""
     recipe = work.spec.recipe
     data = {what: work.store.get(work.keys.candidate(candidate.index, what)) for what in ("image", "shape", "guide")}
@@ -110,7 +100,8 @@ def _judged(work: Work, candidate: Candidate, encoder: quality.Encoder, referenc
     reason, scores = quality.judge(reference, encoder, image, shape, recipe.quality)
     signature = signatures.of(shape)
     if reason is not None:
-        return Entry(index=candidate.index, reason=reason, signature=signature, scores=scores)
+        rejected = Rejected(index=candidate.index, reason=reason, scores=scores)
+        return selection.Entry(index=candidate.index, reason=reason, signature=signature, rejected=rejected)
     label, eroded_px = erosion.erode(shape, recipe.erosion.share)
     data["label"] = encode_mask(label)
     work.store.put(work.keys.candidate(candidate.index, "label"), data["label"], "image/png")
@@ -127,7 +118,7 @@ def _judged(work: Work, candidate: Candidate, encoder: quality.Encoder, referenc
         scores=scores,
         outside_guide_max_diff=max_difference(image, background_image(work, candidate), ~guide),
     )
-    return Entry(index=candidate.index, reason=None, signature=signature, scores=scores, pair=pair)
+    return selection.Entry(index=candidate.index, reason=None, signature=signature, pair=pair)
 
 
 def _picture(work: Work, index: int, what: str, png: bytes, shape: Mask) -> Picture:
@@ -149,13 +140,16 @@ def max_difference(one: Pixels, other: Pixels, where: Mask) -> int:
 def manifest(work: Work) -> Outcome:
     """The manifest of the first N accepted pairs in index order, and the sheet to look at; the surplus is swept."""
     request = work.spec.request
-    shards = [marker.output["candidates"] for marker in work.markers("quality")]
-    tally = selection.fold(selection.Tally(), shards, work.spec)
-    entries = {raw["index"]: Entry.model_validate(raw) for shard in shards for raw in shard}
+    entries = [
+        selection.Entry.model_validate(entry)
+        for marker in work.markers("quality")
+        for entry in marker.output["candidates"]
+    ]
+    chosen = selection.select(entries, request.count, work.spec.recipe.quality.max_shape_iou)
     card = model_card(work)
-    pairs = tuple(pair for index in tally.accepted if (pair := entries[index].pair) is not None)
+    pairs = tuple(entry.pair for entry in chosen.accepted if entry.pair is not None)
     rejected = tuple(
-        Rejected(index=index, reason=reason, scores=entries[index].scores) for index, reason in tally.rejected
+        Rejected(index=entry.index, reason=reason, scores=_scores(entry)) for entry, reason in chosen.rejected
     )
     manifest = Manifest(
         job_id=work.spec.id,
@@ -173,18 +167,23 @@ def manifest(work: Work) -> Outcome:
         release_class="internal",
         counts=Counts(
             requested=request.count,
-            generated=tally.judged,
+            generated=len(pairs) + len(rejected),
             accepted=len(pairs),
-            rejected=tally.reasons,
+            rejected=chosen.by_reason(),
         ),
         pairs=pairs,
         rejected=rejected,
-        next_start_index=selection.next_start_index(tally, work.spec),
+        next_start_index=chosen.next_index,
     )
     _sweep(work, {picture.key for pair in pairs for picture in (pair.image, pair.label, pair.shape, pair.guide)})
     work.store.put(work.keys.contact_sheet, _contact_sheet(work, pairs[:SHEET_PAIRS]), "image/png")
     work.store.put(work.keys.manifest, manifest.model_dump_json(indent=1).encode(), "application/json")
     return Outcome(units=len(pairs), output={"accepted": len(pairs)})
+
+
+def _scores(entry: selection.Entry) -> Scores | None:
+    judged = entry.pair or entry.rejected
+    return judged.scores if judged else None
 
 
 def _sweep(work: Work, kept: set[str]) -> None:

@@ -48,7 +48,7 @@ def cache(work: Work) -> Outcome:
     )
     path = _cache_file(work)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    work.store.upload(work.keys.cache, path)
+    work.store.upload_file(work.keys.cache, path)
     return Outcome(units=len(pairs), output={})
 
 
@@ -59,7 +59,7 @@ def _cache_file(work: Work) -> Path:
 def _cached(work: Work) -> dict[str, torch.Tensor]:
     path = _cache_file(work)
     if not path.exists():
-        work.store.download(work.keys.cache, path)
+        work.store.download_file(work.keys.cache, path)
     return load_file(path)
 
 
@@ -107,7 +107,7 @@ def _checkpoint_file(work: Work, part: Stage, step: int) -> Path:
 def _load_checkpoint(work: Work, part: Stage, step: int) -> TrainingState:
     path = _checkpoint_file(work, part, step)
     if not path.exists():
-        work.store.download(work.keys.checkpoint(part, step, "state.safetensors"), path)
+        work.store.download_file(work.keys.checkpoint(part, step, "state.safetensors"), path)
     return TrainingState.from_tensors(load_file(path))
 
 
@@ -117,7 +117,7 @@ def _save_checkpoint(work: Work, part: Stage, state: TrainingState) -> None:
     partial = path.with_suffix(".partial")
     save_file(state.to_tensors(), partial)
     partial.replace(path)
-    work.store.upload(work.keys.checkpoint(part, state.step, "state.safetensors"), path)
+    work.store.upload_file(work.keys.checkpoint(part, state.step, "state.safetensors"), path)
     for old in path.parent.glob(f"{part}.*.safetensors"):
         if old != path:
             old.unlink()
@@ -217,7 +217,7 @@ def publish(work: Work) -> Outcome:
         masks.save_pretrained(folder / "mask_generator")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for n, path in enumerate(files):
-        work.store.upload(keys.file(*path.relative_to(folder).parts), path)
+        work.store.upload_file(keys.file(*path.relative_to(folder).parts), path)
         work.progress(n + 1, len(files), "files")
     encoder = load_encoder(recipe.quality, work.settings, work.store)
     segments: list[Stage] = ["inpainter", "mask_generator", "repair"]

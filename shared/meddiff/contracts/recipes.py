@@ -65,13 +65,16 @@ class MaskGeneration(Contract):
 
 
 class Inpainting(Contract):
-    """Eq. 2. ``strength`` 1 starts from noise, below 1 from a composite that is re-noised. ``adaptive_guide``: M wide
-    and soft early, exact late. ``context``: side of the window the network works in over the larger side of the guide's
-    box, the whole image where that is smaller. ``background``: let the guide cover the old lesion, or repair it away first."""
+    """Eq. 2. ``strength`` 1 starts from noise, below 1 from a composite that is re-noised; ``ring_strength`` is that of
+    the guide outside the shape, where it is lower: the composite's healthy surroundings are held in place until then.
+    ``adaptive_guide``: M wide and soft early, exact late. ``context``: side of the window the network works in over the
+    larger side of the guide's box, the whole image where that is smaller. ``background``: let the guide cover the old
+    lesion, or repair it away first."""
 
     solver_steps: Annotated[int, Field(ge=1, le=1000)]
     guidance_scale: Annotated[float, Field(ge=1, le=20)] = 1.0
     strength: Annotated[float, Field(gt=0, le=1)] = 1.0
+    ring_strength: Annotated[float, Field(gt=0, le=1)] = 1.0
     adaptive_guide: bool = True
     guide_margin: Unit = 0.15
     context: Annotated[float, Field(ge=1, le=1000)] = 1.6
@@ -147,7 +150,9 @@ PAPER = Recipe(
     mask_generation=MaskGeneration(
         steps=10_000, batch_size=16, learning_rate=1e-4, segment_steps=2000, sampling_steps=250
     ),
-    inpainting=Inpainting(solver_steps=50, guidance_scale=7.5, guide_margin=0.0, context=1000, background="repair", batch_size=8),
+    inpainting=Inpainting(
+        solver_steps=50, guidance_scale=7.5, guide_margin=0.0, context=1000, background="repair", batch_size=8
+    ),
     quality=Quality(encoder="dinov2", encoder_source="facebook/dinov2-base"),
     work=Work(shard_size=8),
 )

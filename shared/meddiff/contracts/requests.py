@@ -52,8 +52,8 @@ class DatasetReference(Contract):
 
 
 class FinetuneRequest(Contract):
-    """``POST /finetune``. ``dataset_uri``: ``s3://bucket/prefix``, ``s3://bucket/archive.zip``, ``file:///folder`` under
-    an allowed root, or a dataset id."""
+    """``POST /finetune``. ``dataset_uri``: ``s3://bucket/prefix``, ``s3://bucket/archive.zip``, ``file:///folder``
+    under an allowed root, or a dataset id."""
 
     dataset_uri: DatasetUri
     name: Name | None = None

@@ -62,7 +62,7 @@ def to_model(pixels: Tensor) -> Tensor:
 
 
 def batch(pool: Tensor, step: int) -> Tensor:
-    """Of step `step`: 8 random windows of 64 px or, every third step, 2 whole pictures of 128 px, flipped and turned."""
+    """Of step `step`: 8 random windows of 64 px or, every third step, 2 whole pictures, flipped and turned."""
     rng = np.random.default_rng([7, step])
     side, count = (SIDE, 2) if step % 3 == 0 else (SIDE // 2, 8)
     windows = []
@@ -96,8 +96,9 @@ def psnr(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, pixels: Tensor) -> None:
-    """Give each latent channel mean 0 and standard deviation 1 over uint8 pictures (n, 3, h, w), folded into the two 1x1
-    convolutions around the latents: what is decoded stays the same, and no channel drowns in the diffusion's noise."""
+    """Give each latent channel mean 0 and standard deviation 1 over uint8 pictures (n, 3, h, w), folded into the two
+    1x1 convolutions around the latents: what is decoded stays the same, and no channel drowns in the diffusion's
+    noise."""
     latents = torch.cat([vae.encode(to_model(x)).latent_dist.mode() for x in pixels.split(16)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     out, back = vae.quant_conv, vae.post_quant_conv

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from meddiff.drawing import paint, shape, texture
+from meddiff.drawing import Picture, paint, shape, texture
 from meddiff.pretraining import pictures, prompts
 from meddiff.pretraining.autoencoder import SIDE, draw_tinted, to_model
 from meddiff.pretraining.runs import Average, Run, cosine, save_atomically
@@ -99,7 +99,7 @@ def draw(seed: int, count: int, held_out: bool = False) -> list[Sample]:
     return [_draw(rng, photos) for _ in range(count)]
 
 
-def _draw(rng: np.random.Generator, photos: list[pictures.Picture]) -> Sample:
+def _draw(rng: np.random.Generator, photos: list[Picture]) -> Sample:
     size = (SIDE, SIDE)
     picture, kind = pictures.background(rng, photos, size)
     mask = shape(rng, size, area=(0.01, 0.35))
@@ -165,8 +165,10 @@ def draw_pool(vae: AutoencoderKL, count: int, workers: int = 2) -> Pool:
 def batch(pool: Pool, step: int) -> Pool:
     """16 samples of step ``step``."""
     chosen = torch.from_numpy(np.random.default_rng([13, step]).integers(len(pool.latents), size=BATCH))
-    fields = (pool.latents, pool.masked, pool.mask, pool.weight)
-    return Pool(*(field[chosen].float() for field in fields), pool.tokens[chosen])
+    latents, masked, mask, weight = (
+        field[chosen].float() for field in (pool.latents, pool.masked, pool.mask, pool.weight)
+    )
+    return Pool(latents, masked, mask, weight, pool.tokens[chosen])
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -193,7 +195,7 @@ def train(out: Path, minutes: float, pool_size: int = 8000, lr: float = 1e-3) ->
     tokenizer, scheduler = prompts.tokenizer(), build_scheduler()
     text_encoder = build_text_encoder(len(tokenizer), tokenizer.eos_token_id)
     networks = nn.ModuleDict({"unet": build_unet(), "text_encoder": text_encoder})
-    networks.to(memory_format=torch.channels_last)
+    networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run, average = Run(out / "inpainter", minutes), Average(networks, 0.9995)
     optimiser = torch.optim.AdamW(networks.parameters(), lr=lr, weight_decay=1e-3, fused=True)
     checkpoint = out / "inpainter" / "checkpoint.pt"

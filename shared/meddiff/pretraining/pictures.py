@@ -32,7 +32,7 @@ HELD_OUT = {"skimage.data": ("chelsea.png", "gravel.png"), "sklearn.datasets.ima
 def load(names: dict[str, tuple[str, ...]]) -> list[Picture]:
     """Pictures (h, w, 3) in [0, 1] of the files named, by the package that holds them."""
     paths = [Path(str(files(package))) / name for package, group in names.items() for name in group]
-    return [np.asarray(Image.open(path).convert("RGB"), np.float32) / 255 for path in paths]
+    return [np.asarray(Image.open(path).convert("RGB"), np.float32) / np.float32(255) for path in paths]
 
 
 def crop(rng: Generator, pictures: list[Picture], size: Size) -> Picture:
@@ -43,7 +43,7 @@ def crop(rng: Generator, pictures: list[Picture], size: Size) -> Picture:
     h, w = int(size[0] * scale), int(size[1] * scale)
     top, left = rng.integers(picture.shape[0] - h + 1), rng.integers(picture.shape[1] - w + 1)
     window = Image.fromarray((picture[top : top + h, left : left + w] * 255).astype(np.uint8))
-    return np.asarray(window.resize((size[1], size[0]), Image.Resampling.LANCZOS), np.float32) / 255
+    return np.asarray(window.resize((size[1], size[0]), Image.Resampling.LANCZOS), np.float32) / np.float32(255)
 
 
 def jitter(rng: Generator, picture: Picture) -> Picture:

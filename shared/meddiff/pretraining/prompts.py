@@ -10,10 +10,38 @@ from transformers import CLIPTokenizer
 LENGTH = 32
 LESION = ("an image of a lesion", "a lesion", "a mass", "a nodule", "a spot", "an image")
 HEALTHY = ("healthy tissue", "background", "an image of healthy tissue", "an image")
-WORDS = (
-    "a an image of lesion mass nodule spot healthy tissue background on soft sharp dark bright ringed skin ultrasound "
-    "photo flat clouds grain stripes cells blobs gravel pigment shadow hta"
-).split()
+WORDS = [
+    "a",
+    "an",
+    "image",
+    "of",
+    "lesion",
+    "mass",
+    "nodule",
+    "spot",
+    "healthy",
+    "tissue",
+    "background",
+    "on",
+    "soft",
+    "sharp",
+    "dark",
+    "bright",
+    "ringed",
+    "skin",
+    "ultrasound",
+    "photo",
+    "flat",
+    "clouds",
+    "grain",
+    "stripes",
+    "cells",
+    "blobs",
+    "gravel",
+    "pigment",
+    "shadow",
+    "hta",
+]
 
 
 def lesion(rng: np.random.Generator, words: str, kind: str) -> str:
@@ -46,9 +74,7 @@ def tokenizer() -> CLIPTokenizer:
         vocabulary += [piece for piece in joined if piece not in vocabulary]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    return CLIPTokenizer(
-        vocab={token: n for n, token in enumerate(vocabulary)}, merges=pairs, model_max_length=LENGTH
-    )
+    return CLIPTokenizer(vocab={token: n for n, token in enumerate(vocabulary)}, merges=pairs, model_max_length=LENGTH)
 
 
 def _byte_letters() -> list[str]:

@@ -29,7 +29,7 @@ def cosine(share: float, first: float, last: float, warmup: float = 0.01) -> flo
 
 @dataclass
 class Run:
-    """A training of fixed length in minutes that can be cut anywhere: `clock` yields steps until the time is used up."""
+    """A training of fixed length in minutes that can be cut anywhere: `clock` yields steps until time is used up."""
 
     folder: Path
     minutes: float

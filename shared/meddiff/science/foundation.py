@@ -152,18 +152,18 @@ def embed_prompt(f: Foundation, prompt: str) -> Tensor:
     """The text encoder's last hidden state (1, L, D); the prompt is padded to the encoder's length, always alike."""
     length = f.tokenizer.model_max_length
     tokens = f.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return f.text_encoder(tokens.input_ids.to(f.device))[0]  # type: ignore[no-any-return]
+    return f.text_encoder(tokens.input_ids.to(f.device))[0]
 
 
 @torch.no_grad()
 def encode(f: Foundation, images: Tensor) -> Tensor:
     """Latents of images: the mode of the posterior, times the scaling factor."""
     pixels = images.to(f.device, memory_format=torch.channels_last)
-    return f.vae.encode(pixels).latent_dist.mode() * f.vae.config.scaling_factor  # type: ignore[no-any-return]
+    return f.vae.encode(pixels).latent_dist.mode() * f.vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode(f: Foundation, latents: Tensor) -> Tensor:
     """Images of latents, clamped to [-1, 1]."""
     scaled = (latents / f.vae.config.scaling_factor).to(f.device, memory_format=torch.channels_last)
-    return f.vae.decode(scaled).sample.clamp(-1, 1)  # type: ignore[no-any-return]
+    return f.vae.decode(scaled).sample.clamp(-1, 1)

@@ -128,14 +128,16 @@ def _solve(
     """Clean latents (n, 4, h, w) by DDIM with the background held in place at every step (eq. 2); None if stopped.
 
     The solver walks the last ``strength`` of its trailing timesteps, from the composite noised to the first of them: at
-    strength 1 it walks them all, from noise. ``original`` (n, 4, h, w) is what M holds in place.
+    strength 1 it walks them all, from noise. ``original`` (n, 4, h, w) is what M holds in place. While the noise is
+    above ``ring_strength``, M is the shape alone: the composite's healthy surroundings are held in place as well.
     """
     settings = recipe.inpainting
     factor = vae_factor(f)
     masked = torch.stack([as_model_input(v.background) * torch.from_numpy(~v.guide) for v in views])
     masked_latents = encode(f, masked)
     mask = torch.stack([torch.from_numpy(geometry.condition_mask(v.shape, v.guide, factor))[None] for v in views])
-    cells = np.stack([geometry.guide_cells(v.guide, factor) for v in views])
+    guides = np.stack([geometry.guide_cells(v.guide, factor) for v in views])
+    shapes = np.stack([geometry.guide_cells(v.shape, factor) for v in views])
     noise = torch.stack(
         [torch.randn(original.shape[1:], generator=torch.Generator().manual_seed(v.seed)) for v in views]
     )
@@ -164,7 +166,8 @@ def _solve(
         alpha, beta = f.alpha_beta(previous[None])
         denoised = alpha * clean + beta * epsilon
         kept = alpha * original + beta * noise
-        reach = EARLY_REACH * cells.shape[-1] * float(beta) if settings.adaptive_guide else 0.0
+        reach = EARLY_REACH * guides.shape[-1] * float(beta) if settings.adaptive_guide else 0.0
+        cells = guides if t < settings.ring_strength * f.scheduler.config.num_train_timesteps else shapes
         m = torch.from_numpy(guide_at(cells, reach))[:, None].to(f.device)
         x = m * denoised + (1 - m) * kept
     return x
@@ -183,7 +186,10 @@ def guide_at(cells: NDArray[np.bool_], reach: float) -> Field:
     shrinks with the noise, so M is wide and soft early and exactly the guide in the end."""
     if reach <= 0:
         return cells.astype(np.float32)
-    distance = np.stack([ndimage.distance_transform_edt(~one) for one in cells])
+    far = float(cells.shape[-1])
+    distance = np.stack(
+        [ndimage.distance_transform_edt(~one) if one.any() else np.full(one.shape, far) for one in cells]
+    )
     return np.clip(1 - distance / (reach + 1), 0, 1).astype(np.float32)
 
 
