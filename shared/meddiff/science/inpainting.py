@@ -61,7 +61,7 @@ def inpaint(
         views = [view_of(canvas, recipe) for canvas in batch]
         filled = views + views[-1:] * (size - len(views))
         original = encode(f, torch.stack([as_model_input(view.original) for view in filled]))
-        latents = _solve(f, filled, original, recipe, should_stop)
+        latents = solve(f, filled, original, recipe, should_stop)
         if latents is None:
             break
         painted, carried = _pixels(decode(f, latents)), _pixels(decode(f, original))
@@ -122,7 +122,7 @@ def view_of(canvas: Canvas, recipe: Recipe) -> View:
 
 
 @torch.no_grad()
-def _solve(
+def solve(
     f: Foundation, views: Sequence[View], original: Tensor, recipe: Recipe, should_stop: Callable[[], bool]
 ) -> Tensor | None:
     """Clean latents (n, 4, h, w) by DDIM with the background held in place at every step (eq. 2); None if stopped.

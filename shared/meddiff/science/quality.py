@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load, save
+from scipy import stats
 from torch import Tensor
 
 from meddiff.contracts.manifest import Reason, Scores
@@ -29,6 +30,7 @@ __all__ = ["Encoder", "Reference", "Verdict", "calibrate", "judge", "lesion_crop
 SMALLEST_CROP = 16
 FLAT_STD = 2.0  # Grey levels; the flattest real lesion of five public datasets has 4.5.
 SUBCROP = 0.85
+LEAST_SPREAD = 0.15  # Of log distances: a handful of cases may lie equally far from each other by chance.
 CORNERS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 
 Similarities = NDArray[np.float64]
@@ -96,9 +98,10 @@ def lesion_crop(image: Image, region: Mask, context: float, px: int) -> Image:
 def calibrate(encoder: Encoder, crops: Sequence[Image], cases: Sequence[str], settings: Quality) -> Reference:
     """The reference of at least two real crops (px, px, C), each of the case whose digest stands at its place.
 
-    The band comes from real-to-real: each crop against the others. ``lowest`` is the ``far_quantile`` of the nearest
-    similarities; ``copy_ratio`` the 1 - ``copy_quantile`` quantile of what crops have to themselves after a small
-    change, but never so high that more than ``far_quantile`` of the real ones would be copies of each other.
+    The band comes from real-to-real, each crop against the others. ``lowest``: a new real case would be farther from
+    its nearest with probability ``far_quantile``. ``copy_ratio`` lies half way (in logarithm) between the
+    1 - ``copy_quantile`` quantile of what crops have to themselves after a small change and the ``far_quantile`` of
+    what distinct crops have to each other, and never above the latter.
     Raises ``ValueError`` for fewer than two crops.
     """
     if len(crops) < 2:
@@ -107,11 +110,19 @@ def calibrate(encoder: Encoder, crops: Sequence[Image], cases: Sequence[str], se
     among = _similarities(views[:, 0], views)
     np.fill_diagonal(among, -1.0)
     changed = encoder(_batch([_changed(crop, derive("changed", n)) for n, crop in enumerate(crops)]))
-    to_itself = _distance_ratios(_similarities(changed, views))
-    to_others = _distance_ratios(among) if len(crops) > 2 else np.array([1.0])
-    copy_ratio = min(np.quantile(to_itself, 1 - settings.copy_quantile), np.quantile(to_others, settings.far_quantile))
-    lowest = np.quantile(among.max(axis=1), settings.far_quantile)
+    to_itself = np.quantile(_distance_ratios(_similarities(changed, views)), 1 - settings.copy_quantile)
+    to_others = np.quantile(_distance_ratios(among), settings.far_quantile) if len(crops) > 2 else 1.0
+    copy_ratio = min(to_others, np.sqrt(to_itself * to_others))
+    lowest = 1 - _farthest(1 - among.max(axis=1), settings.far_quantile)
     return Reference(views, tuple(cases), float(lowest), float(copy_ratio))
+
+
+def _farthest(distances: NDArray[np.float64], quantile: float) -> float:
+    """The distance that one more of the same log-normal kind exceeds with probability ``quantile`` (a prediction
+    interval by Student's t), at most 2."""
+    logs = np.log(distances.clip(min=1e-3))
+    spread = max(float(logs.std(ddof=1)), LEAST_SPREAD) * np.sqrt(1 + 1 / len(logs))
+    return min(2.0, float(np.exp(logs.mean() + stats.t.ppf(1 - quantile, len(logs) - 1) * spread)))
 
 
 def _views(crop: Image) -> list[Image]:
