@@ -3,12 +3,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from meddiff import signatures
 from meddiff.contracts.recipes import CPU, GPU, PAPER, Recipe, override
 from meddiff.science import mask_generator
-from meddiff.science.geometry import Mask
+from meddiff.science.geometry import Mask, resize_mask
 from meddiff.science.mask_generator import count_components, geometric, place, tidy
 from meddiff.science.training import StepLog, TrainingState
 from scipy import ndimage
+from scipy.stats import ks_2samp
+from skimage.measure import regionprops
+
+from .real_cases import NAMES, real_cases
 
 TINY = override(
     CPU,
@@ -172,3 +177,44 @@ def test_a_geometric_shape_is_the_same_for_the_same_seed_and_needs_a_mask() -> N
     assert (geometric(MASKS, 5) == geometric(MASKS, 5)).all()
     with pytest.raises(ValueError, match="at least one"):
         geometric([np.zeros((5, 5), np.bool_)], 0)
+
+
+# --------------------------------------------------------------------------------------------------------- real data
+
+
+def described(mask: Mask) -> dict[str, float]:
+    """Area, centroid, eccentricity (of the largest component) and number of components, in a frame of 128 by 128."""
+    small = resize_mask(mask, (128, 128))
+    regions = sorted(regionprops(ndimage.label(small, np.ones((3, 3)))[0]), key=lambda region: region.area)
+    centre = np.argwhere(small).mean(axis=0) / 128
+    return {
+        "area": float(small.mean()),
+        "y": centre[0],
+        "x": centre[1],
+        "eccentricity": regions[-1].eccentricity,
+        "components": count_components(small),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_of_the_cpu_recipe_are_distributed_as_thirty_real_masks(name: str) -> None:
+    torch.set_num_threads(CPU.work.training_threads)
+    masks = [case.mask for case in real_cases(name, 30)]
+    steps = CPU.mask_generation.steps
+    state = mask_generator.train(masks, CPU, 1, None, steps, lambda entry: None, lambda: False)
+    network = mask_generator.build(CPU.mask_generation)
+    network.load_state_dict(state.ema)
+    shapes = mask_generator.sample(network.eval(), CPU, list(range(64)), masks)
+
+    real, drawn = [described(mask) for mask in masks], [described(shape) for shape in shapes]
+    for what in real[0]:
+        distance = ks_2samp([d[what] for d in real], [d[what] for d in drawn]).statistic
+        print(f"{name}: {what}: two-sample KS {distance:.2f}")
+        assert distance < 0.35
+    packed = b""
+    for shape in shapes:
+        signature = bytes.fromhex(signatures.of(shape))
+        packed += signature if signatures.max_iou(signature, packed) <= CPU.quality.max_shape_iou else b""
+    assert len(packed) >= 0.85 * len(shapes) * signatures.BYTES

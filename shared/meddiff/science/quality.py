@@ -30,6 +30,7 @@ __all__ = ["Encoder", "Reference", "Verdict", "calibrate", "judge", "lesion_crop
 SMALLEST_CROP = 16
 FLAT_STD = 2.0  # Grey levels; the flattest real lesion of five public datasets has 4.5.
 SUBCROP = 0.85
+SAFETY = 0.85  # A low quantile of thirty ratios is uncertain; new real cases must not pass for copies.
 LEAST_SPREAD = 0.15  # Of log distances: a handful of cases may lie equally far from each other by chance.
 CORNERS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 
@@ -101,7 +102,7 @@ def calibrate(encoder: Encoder, crops: Sequence[Image], cases: Sequence[str], se
     The band comes from real-to-real, each crop against the others. ``lowest``: a new real case would be farther from
     its nearest with probability ``far_quantile``. ``copy_ratio`` lies half way (in logarithm) between the
     1 - ``copy_quantile`` quantile of what crops have to themselves after a small change and the ``far_quantile`` of
-    what distinct crops have to each other, and never above the latter.
+    what distinct crops have to each other, and always below the latter.
     Raises ``ValueError`` for fewer than two crops.
     """
     if len(crops) < 2:
@@ -112,7 +113,7 @@ def calibrate(encoder: Encoder, crops: Sequence[Image], cases: Sequence[str], se
     changed = encoder(_batch([_changed(crop, derive("changed", n)) for n, crop in enumerate(crops)]))
     to_itself = np.quantile(_distance_ratios(_similarities(changed, views)), 1 - settings.copy_quantile)
     to_others = np.quantile(_distance_ratios(among), settings.far_quantile) if len(crops) > 2 else 1.0
-    copy_ratio = min(to_others, np.sqrt(to_itself * to_others))
+    copy_ratio = min(SAFETY * to_others, np.sqrt(to_itself * to_others))
     lowest = 1 - _farthest(1 - among.max(axis=1), settings.far_quantile)
     return Reference(views, tuple(cases), float(lowest), float(copy_ratio))
 
