@@ -50,13 +50,16 @@ def _bar(client: Client, job_id: str, console: Console, on_update: Callable[[Job
 
 def _lines(client: Client, job_id: str, console: Console, on_update: Callable[[Job], None]) -> Job:
     last_stage: str | None = None
+    last_line = ""
     last_time = 0.0
 
     def update(job: Job) -> None:
-        nonlocal last_stage, last_time
-        if job.stage != last_stage or time.monotonic() - last_time >= _SECONDS_BETWEEN_LINES:
-            last_stage, last_time = job.stage, time.monotonic()
-            console.print(f"  {describe(job)}", highlight=False, markup=False)
+        nonlocal last_stage, last_line, last_time
+        line = describe(job)
+        due = job.stage != last_stage or time.monotonic() - last_time >= _SECONDS_BETWEEN_LINES
+        if due and line != last_line:
+            last_stage, last_line, last_time = job.stage, line, time.monotonic()
+            console.print(f"  {line}", highlight=False, markup=False)
         on_update(job)
 
     return client.wait(job_id, update)

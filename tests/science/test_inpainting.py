@@ -259,4 +259,14 @@ def test_nothing_of_an_old_lesion_under_the_guide_reaches_the_composite() -> Non
     with_old[old] = (255, 0, 0)
     donor = clean.copy()
     donor[old] = 60
-    assert (fit_lesion(with_old, shape, guide, donor, old) == fit_lesion(clean, shape, guide, donor, old)).all()
+    for cover in (None, old):
+        spoilt = fit_lesion(with_old, shape, guide, donor, old, cover)
+        assert (spoilt == fit_lesion(clean, shape, guide, donor, old, cover)).all()
+
+
+def test_the_composite_keeps_healthy_tissue_around_the_lesion() -> None:
+    background, shape = noise((90, 120), 3), disc((90, 120), (40, 60), 12)
+    guide = geometry.guide_of(shape, 0.5)
+    start = fit_lesion(background, shape, guide, background, shape, cover=np.zeros_like(shape))
+    assert (start != background)[shape].any()
+    assert (start == background)[~geometry.dilate(shape, 4)].all()

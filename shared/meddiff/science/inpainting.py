@@ -28,6 +28,8 @@ SEAM_SCALE = 1 / 32
 """Width over which colours are compared across the guide's rim, as a share of the window's side."""
 FEATHER = 2.0
 """Pixels inside the guide over which the painting fades in."""
+COVERED_MARGIN = 0.1
+"""How far beyond its mask an old lesion is filled, as a share of its equivalent diameter."""
 SHADE = 12.0
 """Grey levels added before contrasts are taken as ratios, so that near-black surroundings do not blow them up."""
 NEVER: Callable[[], bool] = lambda: False  # noqa: E731
@@ -77,7 +79,7 @@ def repair(f: Foundation, image: Image, lesion_mask: Mask, recipe: Recipe, seed:
     guide = geometry.guide_of(lesion_mask, recipe.inpainting.guide_margin)
     shape = guide if recipe.finetuning.separate_repair else np.zeros_like(guide)
     window = geometry.window_around(guide, 1.5)
-    start = _pasted(image, _surroundings(image, guide, window)[1], window, guide)
+    start = _pasted(image, _healthy(image, guide, window), window, guide)
     return inpaint(f, [Canvas(image, shape, guide, start, seed)], recipe)[0]
 
 
@@ -254,33 +256,37 @@ def seam_correction(painted: Field, background: Field, shape: Mask, guide: Mask,
 # -------------------------------------------------------------------------------------------- the composite to start
 
 
-def fit_lesion(background: Image, shape: Mask, guide: Mask, donor_image: Image, donor_mask: Mask) -> Image:
+def fit_lesion(
+    background: Image, shape: Mask, guide: Mask, donor_image: Image, donor_mask: Mask, cover: Mask | None = None
+) -> Image:
     """The composite that strength below 1 starts from: a real lesion fitted into the shape.
 
     The donor's lesion is moved by the affine map between the second moments of the two masks (the optimal transport
     between Gaussians: no needless turn); beyond its own rim it goes on with its nearest pixel. Its contrast to the
-    donor's surroundings is laid on the new surroundings, which fill the whole guide from outside it. Raises
-    ``ValueError`` for an empty mask.
+    donor's surroundings is laid on the new surroundings. Those are the background itself, the old lesion ``cover``
+    (all false: none) filled from around it; without ``cover`` the whole guide is filled from outside. Raises
+    ``ValueError`` for an empty shape or donor.
     """
     if not (shape.any() and donor_mask.any()):
         raise ValueError("an empty mask has no lesion to fit")
+    old = guide if cover is None else guide & geometry.guide_of(cover, COVERED_MARGIN)
     window = geometry.window_around(guide, 1.5)
-    smooth, ring = _surroundings(background, guide, window)
+    healthy = _healthy(background, old, window)
     inner = geometry.extend_window(shape, window)
+    beside_shape = geometry.crop_window(~geometry.dilate(shape, FEATHER), window)
     contrast = _donor_contrast(donor_image, donor_mask, inner, background.shape[2])
-    lesion = contrast * (smooth + SHADE) - SHADE
+    lesion = contrast * (geometry.smooth_fill(healthy, ~beside_shape) + SHADE) - SHADE
     softness = max(0.7, 0.015 * geometry.equivalent_diameter(shape))
     opacity = ndimage.gaussian_filter(inner.astype(np.float32), softness)[..., None]
-    return _pasted(background, ring + opacity * (lesion - ring), window, guide)
+    return _pasted(background, healthy + opacity * (lesion - healthy), window, guide)
 
 
-def _surroundings(background: Image, guide: Mask, window: Window) -> tuple[Field, Field]:
-    """The window of the background with its guide filled from outside: smoothly, and with mirrored texture as well.
-    The pixels next to the guide do not count: they may be the rim of an old lesion, or the frame of a picture."""
+def _healthy(background: Image, lesion: Mask, window: Window) -> Field:
+    """The window of the background with a lesion filled from around it, smoothly and with mirrored texture.
+    The pixels next to it do not count: they may be its rim, or the frame of a picture."""
     around = geometry.crop_window(background, window).astype(np.float32)
-    hole = ~geometry.crop_window(~geometry.dilate(guide, FEATHER), window)
-    smooth = geometry.smooth_fill(around, hole)
-    return smooth, smooth + geometry.mirrored_detail(around, hole)
+    hole = ~geometry.crop_window(~geometry.dilate(lesion, FEATHER), window)
+    return geometry.smooth_fill(around, hole) + geometry.mirrored_detail(around, hole)
 
 
 def _pasted(background: Image, patch: Field, window: Window, guide: Mask) -> Image:
