@@ -114,7 +114,9 @@ def _similarities(pulled: Pulled, real: list[Case]) -> None:
     encoder = encoders.load_encoder(recipe.encoder, recipe.encoder_source, torch.device("cpu"))
 
     def embed(image: Pixels, mask: Mask) -> NDArray[np.float32]:
-        return np.asarray(quality.embed(encoder, [quality.lesion_crop(image, mask, recipe.context, recipe.crop_px)])[0])
+        crop = quality.lesion_crop(image, mask, recipe.context, recipe.crop_px)
+        coloured = np.broadcast_to(crop, (*crop.shape[:2], 3)).astype(np.float32) / 255
+        return encoder(torch.from_numpy(coloured.transpose(2, 0, 1))[None])[0].numpy()
 
     ours = np.array([embed(pulled.image(p), pulled.mask(p, "shape")) for p in manifest.pairs])
     theirs = np.array([embed(case.image, case.mask) for case in real])

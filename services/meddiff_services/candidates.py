@@ -5,9 +5,9 @@ from __future__ import annotations
 from meddiff.contracts.base import Contract, DatasetId
 from meddiff.contracts.dataset import Case
 from meddiff.contracts.manifest import Window
-from meddiff.importing import load_case
 from meddiff.store.keys import ModelKeys
 
+from meddiff_services.cases import Loaded, load
 from meddiff_services.pictures import Pixels, decode_png
 from meddiff_services.worker import Work
 
@@ -42,4 +42,9 @@ def background_image(work: Work, candidate: Candidate) -> Pixels:
     if candidate.repaired:
         key = ModelKeys(work.tenant, work.spec.model_id).background(candidate.background.id)
         return decode_png(work.store.get(key))
-    return load_case(work.store, work.tenant, candidate.dataset_id, candidate.background)[0]
+    return load_ground(work, candidate).image
+
+
+def load_ground(work: Work, candidate: Candidate) -> Loaded:
+    """The case that the background is, with the lesion that the guide covers."""
+    return load(work, candidate.dataset_id, candidate.background)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from meddiff.contracts.tasks import Stage
 from meddiff.importing import load_case
@@ -16,7 +17,7 @@ from meddiff.seeds import derive
 from meddiff.store.keys import ModelKeys
 from safetensors.torch import load_file
 
-from meddiff_services.candidates import Candidate, background_image, drawn
+from meddiff_services.candidates import Candidate, background_image, drawn, load_ground
 from meddiff_services.cases import imported, load, training_cases
 from meddiff_services.loading import fetch_folder, load_foundation, load_model
 from meddiff_services.pictures import decode_mask
@@ -51,7 +52,8 @@ def _canvas(work: Work, candidate: Candidate) -> inpainting.Canvas:
     if work.spec.recipe.inpainting.strength < 1:
         image, mask = load_case(work.store, work.tenant, work.spec.dataset_id, candidate.donor)
         assert mask is not None
-        start = inpainting.fit_lesion(background, shape, guide, image, mask)
+        old = np.zeros_like(shape) if candidate.repaired else load_ground(work, candidate).mask
+        start = inpainting.fit_lesion(background, shape, guide, image, mask, cover=old)
     return inpainting.Canvas(background, shape, guide, start, derive(candidate.seed, "noise"))
 
 

@@ -163,7 +163,7 @@ def _preview_inpainter(work: Work, state: TrainingState) -> None:
     for n, here in enumerate(cases):
         guide = geometry.guide_of(here.mask, recipe.inpainting.guide_margin)
         donor = cases[n - 1]
-        start = inpainting.fit_lesion(here.image, here.mask, guide, donor.image, donor.mask)
+        start = inpainting.fit_lesion(here.image, here.mask, guide, donor.image, donor.mask, cover=here.mask)
         canvases.append(inpainting.Canvas(here.image, here.mask, guide, start, derive("preview", n)))
     painted = inpainting.inpaint(model, canvases, recipe, work.should_stop)
     rows: list[list[Pixels | np.ndarray]] = [

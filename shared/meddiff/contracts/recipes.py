@@ -93,7 +93,7 @@ class Quality(Contract):
     encoder_source: str = Field("builtin", max_length=512)
     crop_px: Annotated[int, Field(ge=64, le=518)] = 224
     context: Annotated[float, Field(ge=1, le=4)] = 1.3
-    far_quantile: Unit = 0.02
+    far_quantile: Unit = 0.01
     copy_quantile: Unit = 0.05
     max_shape_iou: Unit = 0.85
 
