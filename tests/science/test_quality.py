@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache
 
 import numpy as np
@@ -149,6 +149,7 @@ def test_two_cases_are_enough_to_know_a_copy_and_one_is_not() -> None:
 # --------------------------------------------------------------------------------------------------------- real data
 
 CALIBRATED, UNSEEN = 30, 40
+DRAWS, PLANTED = 3, 12
 
 
 def brightened_and_cropped(case: RealCase, rng: np.random.Generator) -> tuple[Image, Mask]:
@@ -165,25 +166,37 @@ def brightened_and_cropped(case: RealCase, rng: np.random.Generator) -> tuple[Im
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", NAMES)
 def test_planted_copies_are_caught_and_unseen_real_cases_pass(name: str) -> None:
-    torch.set_num_threads(1)
+    """Over several draws of the calibrated cases: with forty unseen cases a draw, one alone says little about 5 %."""
+    torch.set_num_threads(2)
     encoder = load_encoder("efficientnet-lite0", "builtin", torch.device("cpu"))
     settings = CPU.quality
     cases = real_cases(name, CALIBRATED + UNSEEN)
-    known = cases[:CALIBRATED]
-    unseen = [case for case in cases[CALIBRATED:] if case.patient not in {k.patient for k in known}]
-    crops = [quality.lesion_crop(case.image, case.mask, settings.context, settings.crop_px) for case in known]
-    reference = quality.calibrate(encoder, crops, [f"{n:064x}" for n in range(CALIBRATED)], settings)
-
-    def reasons(pairs: list[tuple[Image, Mask]]) -> list[str | None]:
-        return [quality.judge(reference, encoder, image, mask, settings).reason for image, mask in pairs]
-
-    rng = np.random.default_rng(0)
-    planted = known[:12]
-    assert reasons([(case.image, case.mask) for case in planted]) == ["copy"] * 12
-    assert reasons([(case.image[:, ::-1], case.mask[:, ::-1]) for case in planted]) == ["copy"] * 12
-    assert reasons([brightened_and_cropped(case, rng) for case in planted]).count("copy") >= 10
-    grey = [(np.where(case.mask[..., None], 128, case.image).astype(np.uint8), case.mask) for case in planted]
-    assert reasons(grey) == ["flat"] * 12
-    rejected = Counter(reason for reason in reasons([(case.image, case.mask) for case in unseen]) if reason)
-    print(f"{name}: {dict(rejected)} of {len(unseen)} unseen real cases turned away")
-    assert sum(rejected.values()) <= max(1, 0.05 * len(unseen))
+    planted_reasons: dict[str, list[str | None]] = defaultdict(list)
+    unseen_reasons: list[str | None] = []
+    for draw in range(DRAWS):
+        rng = np.random.default_rng(draw)
+        drawn = [cases[i] for i in rng.permutation(len(cases))] if draw else cases
+        known = drawn[:CALIBRATED]
+        unseen = [case for case in drawn[CALIBRATED:] if case.patient not in {k.patient for k in known}]
+        crops = [quality.lesion_crop(case.image, case.mask, settings.context, settings.crop_px) for case in known]
+        reference = quality.calibrate(encoder, crops, [f"{n:064x}" for n in range(CALIBRATED)], settings)
+        planted = {
+            "copy": [(case.image, case.mask) for case in known[:PLANTED]],
+            "flip": [(case.image[:, ::-1], case.mask[:, ::-1]) for case in known[:PLANTED]],
+            "brightened and cropped": [brightened_and_cropped(case, rng) for case in known[:PLANTED]],
+            "grey": [
+                (np.where(case.mask[..., None], 128, case.image).astype(np.uint8), case.mask)
+                for case in known[:PLANTED]
+            ],
+        }
+        for what, pairs in planted.items():
+            planted_reasons[what] += [quality.judge(reference, encoder, *pair, settings).reason for pair in pairs]
+        unseen_reasons += [quality.judge(reference, encoder, case.image, case.mask, settings).reason for case in unseen]
+    turned_away = Counter(reason for reason in unseen_reasons if reason)
+    caught = planted_reasons["brightened and cropped"].count("copy") / (DRAWS * PLANTED)
+    print(f"{name}: {dict(turned_away)} of {len(unseen_reasons)} unseen turned away, {caught:.2f} of crops caught")
+    assert set(planted_reasons["copy"]) == {"copy"}
+    assert set(planted_reasons["flip"]) == {"copy"}
+    assert set(planted_reasons["grey"]) == {"flat"}
+    assert caught >= 10 / 12
+    assert turned_away.total() <= 0.05 * len(unseen_reasons)
