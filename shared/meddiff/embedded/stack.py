@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -88,10 +90,12 @@ def up(
     folder.mkdir(parents=True, exist_ok=True)
     stack = Stack(address=f"http://{LOOPBACK}:{port or _free_port()}")
     try:
-        redis = start_redis(folder / "redis")
-        stack = _record(folder, stack, "redis", redis.process.pid, folder / "redis" / "redis.log")
-        s3 = start_s3(data or folder / "data")
-        stack = _record(folder, stack, "s3", s3.process.pid, (data or folder / "data") / "s3.log")
+        with _uninterrupted():
+            redis = start_redis(folder / "redis")
+            stack = _record(folder, stack, "redis", redis.process.pid, folder / "redis" / "redis.log")
+        with _uninterrupted():
+            s3 = start_s3(data or folder / "data")
+            stack = _record(folder, stack, "s3", s3.process.pid, (data or folder / "data") / "s3.log")
         environment = os.environ | {
             "MEDDIFF_REDIS_URL": redis.url,
             "MEDDIFF_S3_ENDPOINT": s3.endpoint,
@@ -137,10 +141,27 @@ def _state(folder: Path) -> Path:
     return folder / "stack.json"
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the block is left, so that no process is started and not written down."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: waiting.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if waiting:
+        signal.raise_signal(waiting[0])
+
+
 def _start_service(folder: Path, stack: Stack, name: str, module: str, environment: dict[str, str]) -> Stack:
     log = folder / "logs" / f"{name}.log"
     log.parent.mkdir(exist_ok=True)
-    with log.open("wb") as out:
+    with _uninterrupted(), log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", f"meddiff_services.{module}"],
             env=environment,
@@ -149,7 +170,7 @@ def _start_service(folder: Path, stack: Stack, name: str, module: str, environme
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return _record(folder, stack, name, process.pid, log)
+        return _record(folder, stack, name, process.pid, log)
 
 
 def _record(folder: Path, stack: Stack, name: str, pid: int, log: Path) -> Stack:
