@@ -22,6 +22,8 @@ def main(pulled: Pulled, dataset: Path) -> int:
     differences, excess, outside = [], [], []
     for pair in pulled.manifest.pairs:
         image, guide, shape = pulled.image(pair), pulled.mask(pair, "guide"), pulled.mask(pair, "shape")
+        if pair.background.repaired:
+            raise SystemExit("the backgrounds are repaired ones: the dataset does not have them")
         background = real[pair.background.sha256].image
         differences.append(int(np.abs(image.astype(int) - background.astype(int))[~guide].max(initial=0)))
         excess.append(guide.sum() / shape.sum())

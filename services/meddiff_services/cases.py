@@ -8,7 +8,8 @@ import numpy as np
 from meddiff.contracts.dataset import Case
 from meddiff.contracts.jobs import GenerateSpec
 from meddiff.contracts.models import ModelCard
-from meddiff.importing import load_case, load_dataset, select_cases
+from meddiff.contracts.recipes import Recipe, override
+from meddiff.importing import first_of_each_picture, load_case, load_dataset, select_cases
 from meddiff.store.keys import ModelKeys
 
 from meddiff_services.pictures import Mask, Pixels
@@ -42,9 +43,18 @@ def training_cases(work: Work, dataset_id: str) -> tuple[Case, ...]:
     dataset = load_dataset(work.store, work.tenant, dataset_id)
     spec = work.spec
     if isinstance(spec, GenerateSpec):
-        by_digest = {case.image_sha256: case for case in dataset.pairs}
+        by_digest = first_of_each_picture(dataset)
         return tuple(by_digest[digest] for digest in model_card(work).cases)
     return select_cases(dataset, spec.request.max_pairs or spec.recipe.max_pairs, spec.request.split_seed)
+
+
+def finetuning_recipe(work: Work) -> Recipe:
+    """The recipe of a fine-tune, with the prompt that came with the dataset where the request names none."""
+    recipe: Recipe = work.spec.recipe
+    prompt = work.marker("import", 0).output["prompt"]
+    if prompt is None or "prompt" in work.spec.request.recipe.override.get("finetuning", {}):
+        return recipe
+    return override(recipe, {"finetuning": {"prompt": prompt}})
 
 
 def model_card(work: Work) -> ModelCard:

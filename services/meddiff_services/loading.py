@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,19 +17,25 @@ from meddiff.science import encoders
 from meddiff.science import foundation as foundations
 from meddiff.science.foundation import Foundation
 from meddiff.settings import Settings
-from meddiff.store.objects import ObjectStore
+from meddiff.store.objects import ObjectStore, StoreRefused
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def device(settings: Settings) -> torch.device:
-    """The device tasks run on: the setting, or the first GPU where there is one."""
-    if settings.device != "auto":
-        return torch.device(settings.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device tasks run on: the setting, or the first GPU where there is one. On a GPU the same task gives the same
+    bytes as far as its kernels allow."""
+    chosen = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device(chosen)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return where
 
 
 def fingerprint(recipe: Recipe, settings: Settings) -> dict[str, str]:
@@ -57,11 +64,11 @@ def fetch_folder(store: ObjectStore, prefix: str, folder: Path, last: str) -> Pa
     return folder
 
 
-def resolve(source: str, settings: Settings, store: ObjectStore) -> str:
+def resolve(source: str, settings: Settings, store: ObjectStore, last: str) -> str:
     """``source`` of a foundation or encoder as what ``from_pretrained`` takes: ``builtin``, a folder, or a hub id.
 
-    A folder of that name under ``settings.model_root`` stands in for a hub id. Raises ``ProblemError`` for a folder
-    outside it and for a source that is not there.
+    ``last`` is a file that every such folder has. A folder of that name under ``settings.model_root`` stands in for a
+    hub id. Raises ``ProblemError`` for a folder outside it and for a source that is not there.
     """
     if source == "builtin":
         return source
@@ -69,23 +76,28 @@ def resolve(source: str, settings: Settings, store: ObjectStore) -> str:
         bucket, _, prefix = source.removeprefix("s3://").partition("/")
         if bucket not in settings.s3_sources:
             raise ProblemError("source-refused", "the recipe's foundation lies in a bucket that is not a named source")
+        if ".." in prefix.split("/"):
+            raise ProblemError("source-refused", "the recipe names a prefix that leaves its bucket")
         folder = settings.scratch / "foundations" / bucket / prefix.strip("/")
-        return str(fetch_folder(store.of_bucket(bucket), prefix.rstrip("/") + "/", folder, "model_index.json"))
+        try:
+            return str(fetch_folder(store.of_bucket(bucket), prefix.rstrip("/") + "/", folder, last))
+        except StoreRefused as error:
+            raise ProblemError("source-unreachable", f"the recipe's {source} cannot be read: {error}") from None
     if settings.model_root is not None:
         folder = (settings.model_root / source).resolve()
         if folder.is_relative_to(settings.model_root.resolve()) and folder.is_dir():
             return str(folder)
-    if source.startswith("/"):
+    if not HUB_ID.fullmatch(source) or Path(source).exists():
         raise ProblemError("source-refused", "the recipe names a folder outside the operator's model root")
     return source
 
 
 def load_foundation(choice: FoundationChoice, settings: Settings, store: ObjectStore) -> Foundation:
     """The recipe's foundation, fresh: training may change it."""
-    source = resolve(choice.source, settings, store)
+    source = resolve(choice.source, settings, store, "model_index.json")
     try:
         return foundations.load(source, DTYPES[choice.dtype], device(settings))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ProblemError("source-unreachable", f"the foundation {choice.source} cannot be loaded") from error
 
 
@@ -108,6 +120,8 @@ def _encoder(kind: str, source: str, where: torch.device) -> encoders.Encoder:
 def load_encoder(quality: Quality, settings: Settings, store: ObjectStore) -> encoders.Encoder:
     """The recipe's encoder, kept for the next task."""
     try:
-        return _encoder(quality.encoder, resolve(quality.encoder_source, settings, store), device(settings))
-    except OSError as error:
+        return _encoder(
+            quality.encoder, resolve(quality.encoder_source, settings, store, "config.json"), device(settings)
+        )
+    except (OSError, ValueError) as error:
         raise ProblemError("source-unreachable", f"the encoder {quality.encoder_source} cannot be loaded") from error

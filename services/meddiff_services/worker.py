@@ -10,6 +10,7 @@ import importlib
 import mmap
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -27,7 +28,7 @@ from celery import signals
 from kombu.exceptions import OperationalError
 from meddiff.contracts.jobs import Spec
 from meddiff.contracts.problems import ProblemError
-from meddiff.contracts.tasks import Marker, Queue, Stage, Task, TaskFault
+from meddiff.contracts.tasks import KILLED, Marker, Queue, Stage, Task, TaskFault
 from meddiff.planning.dispatch import advance, finish
 from meddiff.planning.leases import Leases, Live
 from meddiff.planning.observe import read_marker, read_spec
@@ -35,14 +36,16 @@ from meddiff.planning.plan import Ending
 from meddiff.planning.queues import RUN, Sender, celery_app
 from meddiff.settings import Settings
 from meddiff.store.keys import JobKeys
-from meddiff.store.objects import NotFound, ObjectStore, StoreUnavailable
+from meddiff.store.objects import NotFound, ObjectStore, StoreError, StoreUnavailable
 from meddiff.telemetry import configure_logs
 from prometheus_client import Histogram, start_http_server
 from redis import RedisError
 
 HEARTBEAT_SECONDS = 3.0
+READY_CHECK_SECONDS = 0.1
 REPORT_SECONDS = 1.0
 STOP_CHECK_SECONDS = 1.0
+KEPT_MODELS = 4
 
 Result = Literal["done", "dropped", "stopped", "failed", "fault", "unavailable"]
 
@@ -53,8 +56,10 @@ TASK_SECONDS = Histogram(
     buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000),
 )
 
-# A byte shared with the child, set on SIGTERM: its task stops at the next step, and another worker takes it up.
+# Bytes shared by parent and child. The parent sets one on SIGTERM: the task stops at the next step, and another worker
+# takes it up. The child sets the other once it has imported its stages.
 _leaving = mmap.mmap(-1, 1)
+_ready = mmap.mmap(-1, 1)
 
 log = structlog.get_logger()
 
@@ -113,7 +118,9 @@ class Work:
         return [self.store.get_json(key, Marker) for key in self.store.list(f"{self.keys.done_root}{stage}/")]
 
     def progress(self, done: int, total: int, unit: str, **info: float | int | str) -> None:
-        """Tells how far the task is, at most once a second; whether anyone hears it makes no difference."""
+        """Tells how far the task is, at most once a second; whether anyone hears it makes no difference. Raises
+        ``Stopped`` where the task is to let go."""
+        self.raise_if_stopped()
         now = time.monotonic()
         if now - self._reported < REPORT_SECONDS:
             return
@@ -170,7 +177,7 @@ class _Lease:
     def _renew(self) -> None:
         while not self._left.wait(self._leases.seconds / 3):
             try:
-                self.lost = not self._leases.take(self._task, self._token)
+                self.lost = self.lost or not self._leases.take(self._task, self._token)
             except RedisError:
                 continue
 
@@ -203,7 +210,8 @@ class Worker:
         """Runs ``task``, unless it needs none: its job has ended, its marker exists, another worker runs it.
 
         Never raises for what goes wrong in a stage: a ``ProblemError`` ends the job, anything else leaves a fault
-        record, and what is merely out of reach is left to be sent again.
+        record, so does a run before this one whose process was killed, and what is merely out of reach is left to be
+        sent again.
         """
         started = time.monotonic()
         structlog.contextvars.bind_contextvars(tenant=task.tenant, job=task.job_id, stage=task.stage, shard=task.shard)
@@ -212,9 +220,9 @@ class Worker:
             result = self._run(task)
             if result in ("done", "dropped", "stopped"):
                 advance(self.store, self.leases, self._send, task.tenant, task.job_id)
-        except (StoreUnavailable, RedisError, OperationalError) as error:
+        except (StoreError, RedisError, OperationalError) as error:
             result = "unavailable"
-            log.warning("left to be sent again", error=type(error).__name__)
+            log.warning("left to be sent again", error=f"{type(error).__name__}: {error}")
         finally:
             structlog.contextvars.clear_contextvars()
         TASK_SECONDS.labels(task.stage, result).observe(time.monotonic() - started)
@@ -233,7 +241,14 @@ class Worker:
         if not self.leases.take(task, token):
             return "dropped"
         with _Lease(self.leases, task, token) as lease:
-            return self._attempt(task, spec, lease)
+            if self.store.exists(started := keys.started(task.stage, task.shard)):
+                self.store.delete([started])
+                self._put_fault(task, KILLED)
+                return "fault"
+            self.store.put(started, b"")
+            result = self._attempt(task, spec, lease)
+            self.store.delete([started])
+            return result
 
     def _attempt(self, task: Task, spec: Spec, lease: _Lease) -> Result:
         work = Work(task, spec, self.store, self.leases, self.settings, lease)
@@ -266,19 +281,26 @@ class Worker:
         return "done"
 
     def _tidy(self, job_id: str) -> None:
-        """Removes what jobs that have ended left on this disk, whenever the work turns to another job."""
+        """Removes what jobs that have ended left on this disk, and all but the newest models, whenever the work turns
+        to another job."""
         if job_id == self._job_id:
             return
         self._job_id = job_id
         for folder in (self.settings.scratch / "jobs").glob("*/*"):
             if self.store.exists(JobKeys(folder.parent.name, folder.name).end):
                 shutil.rmtree(folder, ignore_errors=True)
+        models = sorted((self.settings.scratch / "models").glob("*"), key=lambda folder: folder.stat().st_mtime)
+        for folder in models[:-KEPT_MODELS]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _record(self, task: Task, error: Exception) -> None:
         """A fault record: the kind of error and where it arose, none of the data it arose from."""
         where = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__} in {where.name}, {Path(where.filename).name}:{where.lineno}"
         log.error("task failed", error=what, trace=_places(error))
+        self._put_fault(task, what)
+
+    def _put_fault(self, task: Task, what: str) -> None:
         keys = JobKeys(task.tenant, task.job_id)
         n = sum(1 for _ in self.store.list(keys.faults(task.stage, task.shard)))
         fault = TaskFault(stage=task.stage, shard=task.shard, error=what, worker=self.name)
@@ -298,6 +320,7 @@ def main(service: str, queues: Sequence[Queue], stages: str) -> None:
     settings = Settings()
     configure_logs(service)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone.
     app = celery_app(settings)
     name = f"{service}-{os.getpid()}@{socket.gethostname()}"
     worker = Worker(settings, stages, name, Sender(app))
@@ -308,9 +331,16 @@ def main(service: str, queues: Sequence[Queue], stages: str) -> None:
         worker.run(Task(tenant=tenant, job_id=job_id, stage=stage, shard=shard))
 
     def child_started(**_: Any) -> None:
+        try:
+            stages_found = sorted(worker.stages)
+        except Exception as error:
+            log.error("worker cannot start", error=f"{type(error).__name__}: {error}", trace=_places(error))
+            os.kill(os.getppid(), signal.SIGTERM)
+            return
         if settings.metrics_port is not None:
             start_http_server(settings.metrics_port, addr=settings.host)
-        log.info("worker ready", stages=sorted(worker.stages), queues=list(queues))
+        _ready[0] = 1
+        log.info("worker ready", stages=stages_found, queues=list(queues))
 
     def leave(**_: Any) -> None:
         _leaving[0] = 1
@@ -328,7 +358,8 @@ def main(service: str, queues: Sequence[Queue], stages: str) -> None:
 
 
 class _Heartbeat:
-    """Tells dispatchers, from the parent and also while a long task runs, that this worker is alive."""
+    """Tells dispatchers, from the parent and also while a long task runs, that this worker is alive, once its child
+    can work."""
 
     def __init__(self, settings: Settings, queues: Sequence[Queue], name: str) -> None:
         self._settings, self._queues, self._name = settings, queues, name
@@ -342,6 +373,8 @@ class _Heartbeat:
 
     def _beat(self) -> None:
         leases = Leases.connect(self._settings.redis_url, self._settings.lease_seconds)
+        while _ready[0] == 0 and not self._left.wait(READY_CHECK_SECONDS):
+            pass
         while not self._left.is_set():
             self._tell(leases.heartbeat)
             self._left.wait(HEARTBEAT_SECONDS)

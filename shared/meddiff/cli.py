@@ -19,7 +19,7 @@ from meddiff.contracts.base import Contract
 from meddiff.contracts.jobs import ENDED, Job, Kind, Status
 from meddiff.contracts.problems import Fault, Problem
 from meddiff.contracts.requests import DEFAULT_RECIPE
-from meddiff.watching import watch
+from meddiff.watching import describe, watch
 
 STACK_FOLDER = Path("out/stack")
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -61,10 +61,15 @@ def up(
         from meddiff.embedded import stack
 
     running = stack.read(folder)
+    if running is not None and len(running.dead) == len(running.members):  # After a restart of the machine, say.
+        stack.down(folder)
+        running = None
     if running is not None:
         out.print(f"already up: {running.address}")
         for member in running.dead:
-            err.print(f"[red]{member.name} has ended[/red]; the end of {member.log}:\n{member.log_tail()}", markup=True)
+            err.print(f"{member.name} has ended; the end of {member.log}:\n{member.log_tail()}", markup=False)
+        if running.dead:
+            err.print("take the rest down with: meddiff down")
         raise typer.Exit(1 if running.dead else 0)
     try:
         started = stack.up(folder, inpainters=inpainters, data=data, file_roots=file_root or (), port=port)
@@ -147,13 +152,14 @@ def jobs(
     kind: Annotated[Kind | None, typer.Option(help="Only of this kind.")] = None,
     status: Annotated[Status | None, typer.Option(help="Only of this status.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most as many.")] = 20,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the one job until it has ended.")] = False,
     as_json: Json = False,
     url: Url = None,
 ) -> None:
     """List jobs, newest first, or show one."""
     with _client(url) as client:
         if job is not None:
-            _print_job(client.job(job), as_json=as_json)
+            _follow(client, client.job(job), detach=not wait, as_json=as_json)
             return
         found = [one for one, _ in zip(client.jobs(kind=kind, status=status), range(limit), strict=False)]
     if as_json:
@@ -304,6 +310,9 @@ def _follow(client: Client, job: Job, *, detach: bool, as_json: bool) -> None:
     except KeyboardInterrupt:
         err.print(f"the job goes on; stop it with: meddiff cancel {job.id}")
         raise typer.Exit(130) from None
+    except httpx.TransportError:
+        err.print(f"follow the job again with: meddiff jobs {job.id} --wait")
+        raise
     _print_job(job, as_json=as_json)
     raise typer.Exit(0 if job.status == "succeeded" else 1)
 
@@ -337,7 +346,7 @@ def _print_job(job: Job, *, as_json: bool) -> None:
     if as_json:
         _print_json(job)
         return
-    out.print(f"{job.kind} {job.id}: {job.status}", highlight=False)
+    out.print(f"{job.kind} {job.id}: {describe(job) if job.status not in ENDED else job.status}", highlight=False)
     for key, value in (job.result or {}).items():
         out.print(f"  {key}: {value}", markup=False, highlight=False)
     if job.problem is not None:

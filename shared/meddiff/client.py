@@ -31,6 +31,7 @@ DELIVERED = ("image", "label", "shape", "guide")
 
 _TRIES = 4
 _WAIT_SECONDS = 5
+_OUTAGE_SECONDS = 120.0
 _DOWNLOADS_AT_ONCE = 4
 
 
@@ -134,8 +135,8 @@ class Client:
 
     def wait(self, job_id: str, on_update: Callable[[Job], None] | None = None) -> Job:
         """Until the job has ended, whichever way; ``on_update`` gets it now, after every change and every few
-        seconds."""
-        response = self._get(_job(job_id))
+        seconds. A service that is away for less than two minutes is waited for."""
+        response = self._get_patiently(_job(job_id))
         while True:
             if response.status_code != httpx.codes.NOT_MODIFIED:
                 job = Job.model_validate_json(response.content)
@@ -144,7 +145,7 @@ class Client:
             if job.status in ENDED:
                 return job
             known = {"If-None-Match": response.headers["ETag"]}
-            response = self._get(_job(job_id), params={"wait": _WAIT_SECONDS}, headers=known)
+            response = self._get_patiently(_job(job_id), params={"wait": _WAIT_SECONDS}, headers=known)
 
     def cancel(self, job_id: str) -> Job:
         """``POST /jobs/{id}/cancel``. Returns the job, usually ``cancelling``."""
@@ -227,6 +228,16 @@ class Client:
 
     def _get(self, path: str, **options: Any) -> httpx.Response:
         return self._send("GET", path, **options)
+
+    def _get_patiently(self, path: str, **options: Any) -> httpx.Response:
+        until = time.monotonic() + _OUTAGE_SECONDS
+        while True:
+            try:
+                return self._get(path, **options)
+            except (httpx.TransportError, ServiceError) as error:
+                refused = isinstance(error, ServiceError) and error.problem.status != httpx.codes.SERVICE_UNAVAILABLE
+                if refused or time.monotonic() > until:
+                    raise
 
     def _post(self, path: str, **options: Any) -> bytes:
         return self._send("POST", path, headers={"Idempotency-Key": str(uuid.uuid4())}, **options).content

@@ -68,12 +68,15 @@ def _run(dataset: Path | None, count: int, folder: Path, console: Console, steps
             job = client.finetune(dataset.resolve().as_uri(), name=MODEL_NAME, max_pairs=MAX_PAIRS)
             _succeeded(watch(client, job.id, console, preview))
         with _timed(steps, f"generate {count} pairs", console):
-            job = client.generate(MODEL_NAME, count)
-            _succeeded(watch(client, job.id, console))
+            job = watch(client, client.generate(MODEL_NAME, count).id, console)
+        if job.status == "incomplete":
+            console.print(_problem_text(job), markup=False, highlight=False)
+        else:
+            _succeeded(job)
         with _timed(steps, "pull", console):
             manifest = client.pull(job.id, folder)
     _print_made(manifest, folder, console)
-    return True
+    return job.status == "succeeded"
 
 
 class FirstPreview:
@@ -92,12 +95,15 @@ class FirstPreview:
 
 
 def _succeeded(job: Job) -> None:
-    if job.status == "succeeded":
-        return
+    if job.status != "succeeded":
+        raise JobFailedError(_problem_text(job))
+
+
+def _problem_text(job: Job) -> str:
     lines = [f"{job.kind} {job.id}: {job.status}"]
     if job.problem is not None:
         lines += [job.problem.detail, *(f"  {fault.pointer}: {fault.detail}" for fault in job.problem.errors)]
-    raise JobFailedError("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _clear(folder: Path) -> None:

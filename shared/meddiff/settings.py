@@ -30,8 +30,9 @@ class Settings(BaseSettings):
     tenant: str = Field("local", description="the tenant of requests without a key, on loopback")
     sweep_seconds: float = Field(2.0, gt=0, description="how often active jobs are planned again")
     lease_seconds: float = Field(60.0, gt=0, description="how long a dispatched or running task holds its lease")
+    task_seconds: int = Field(10_800, ge=1, description="how long a task may take before its process is ended")
     visibility_timeout: int = Field(
-        3600, ge=1, description="Celery: seconds after which an unacknowledged task returns"
+        14_400, ge=1, description="Celery: seconds after which an unacknowledged task returns; above task_seconds"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     max_upload_bytes: int = Field(2**30, ge=1, description="largest dataset upload")

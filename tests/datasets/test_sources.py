@@ -12,7 +12,7 @@ from meddiff.contracts.problems import ProblemError
 from meddiff.importing import check_uri, open_archive, open_source, validate
 from meddiff.importing.sources import Folder, UnreadableFile
 from meddiff.settings import Settings
-from meddiff.store.objects import ObjectStore
+from meddiff.store.objects import ObjectStore, StoreUnavailable
 from meddiff.store.retry import RetryPolicy
 
 
@@ -103,11 +103,11 @@ def test_a_missing_folder_is_unreachable(settings: Settings, store: ObjectStore,
     assert refusal((tmp_path / "none").as_uri(), settings, store)[0] == "source-unreachable"
 
 
-def test_a_store_that_does_not_answer_is_unreachable(settings: Settings) -> None:
+def test_a_store_that_does_not_answer_is_no_fault_of_the_dataset(settings: Settings) -> None:
+    """A job waits until it answers again."""
     nowhere = settings.model_copy(update={"s3_endpoint": "127.0.0.1:9"})
-    slug, text = refusal("s3://hospital/x", nowhere, ObjectStore.from_settings(nowhere, RetryPolicy(deadline=0)))
-    assert slug == "source-unreachable"
-    assert "cannot be reached" in text
+    with pytest.raises(StoreUnavailable):
+        refusal("s3://hospital/x", nowhere, ObjectStore.from_settings(nowhere, RetryPolicy(deadline=0)))
 
 
 def test_an_archive_above_the_limit_is_too_large(

@@ -13,7 +13,7 @@ import pytest
 from gateways import Gateway
 from meddiff.contracts.jobs import End, FinetuneSpec, GenerateSpec
 from meddiff.planning.observe import read_spec
-from meddiff.store.keys import JobKeys, active
+from meddiff.store.keys import DatasetKeys, JobKeys, active
 from meddiff_services.gateway.ids import created_at, uuid7
 from stored import put_dataset, put_generated, put_model
 
@@ -57,6 +57,19 @@ def test_generate_resolves_the_name_of_its_model(gateway: Gateway) -> None:
     assert (spec.model_id, spec.dataset_id) == (card.id, dataset.id)
     assert spec.recipe.inpainting.strength == 0.5
     assert spec.recipe.finetuning == card.recipe.finetuning
+
+
+def test_what_a_model_cannot_do_is_refused(gateway: Gateway) -> None:
+    card = put_model(gateway.store, gateway.tenant, put_dataset(gateway.store, gateway.tenant))
+    healthy = put_dataset(gateway.store, gateway.tenant, level=60)
+    cases = tuple(case.model_copy(update={"role": "background", "mask_sha256": None}) for case in healthy.cases)
+    key = DatasetKeys(gateway.tenant, healthy.id).dataset
+    gateway.store.put_json(key, healthy.model_copy(update={"cases": cases}))
+    changes = {"quality": {"encoder": "dinov2", "max_shape_iou": 0.5}, "inpainting": {"background": "repair"}}
+    body = {"model": card.id, "count": 1, "masks": healthy.id, "recipe": changes}
+    response = gateway.http.post("/generate", json=body)
+    assert response.status_code == 422
+    assert pointers(response) == {"/masks", "/recipe/quality/encoder", "/recipe/inpainting/background"}
 
 
 def test_an_accepted_finetune_sends_its_import(gateway: Gateway) -> None:

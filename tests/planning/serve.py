@@ -1,4 +1,4 @@
-"""``python serve.py queue…``: a worker of those queues with the trivial stages."""
+"""``python serve.py stages queue…``: a worker of those queues with the stages of that module."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from meddiff.contracts.tasks import Queue
 from meddiff_services.worker import main
 
 if __name__ == "__main__":
-    main("trivial", [cast(Queue, queue) for queue in sys.argv[1:]], "trivial_stages")
+    main("trivial", [cast(Queue, queue) for queue in sys.argv[2:]], sys.argv[1])

@@ -50,7 +50,7 @@ class Cluster:
         self._send = Sender(celery_app(settings))
         self.workers: list[subprocess.Popen[bytes]] = []
 
-    def start_worker(self, *queues: str) -> subprocess.Popen[bytes]:
+    def start_worker(self, *queues: str, stages: str = "trivial_stages") -> subprocess.Popen[bytes]:
         here = Path(__file__).parent
         s = self._settings
         environment = os.environ | {
@@ -65,7 +65,10 @@ class Cluster:
         }
         with (self._folder / f"worker{len(self.workers)}.log").open("wb") as out:
             worker = subprocess.Popen(
-                [sys.executable, str(here / "serve.py"), *(queues or QUEUES)], env=environment, stdout=out, stderr=out
+                [sys.executable, str(here / "serve.py"), stages, *(queues or QUEUES)],
+                env=environment,
+                stdout=out,
+                stderr=out,
             )
         self.workers.append(worker)
         return worker
@@ -215,6 +218,21 @@ def test_a_child_killed_alone_is_replaced_and_its_task_taken_up_again(cluster: C
     for child in psutil.Process(worker.pid).children():
         child.kill()
     cluster.until(lambda: f"-{worker.pid}@" in (holder := held()) and holder != first)
+
+
+def test_a_task_that_always_kills_its_process_ends_its_job(cluster: Cluster) -> None:
+    cluster.start_worker()
+    keys = cluster.submit(_with_metadata(finetune(job_id=JOBS[0]), killed="inpainter"))
+    end = cluster.until(lambda: cluster.end_of(keys), 60)
+    assert end.problem.type.endswith("task-failed")
+    assert "want of memory" in end.problem.detail
+
+
+def test_a_worker_that_cannot_import_its_stages_never_counts_and_leaves(cluster: Cluster) -> None:
+    worker = cluster.start_worker("masks", stages="no_such_module")
+    assert worker.wait(30) == 0
+    assert cluster.leases.snapshot().workers == {}
+    assert "no_such_module" in cluster.logs()
 
 
 def test_progress_and_estimate_while_it_trains(cluster: Cluster) -> None:

@@ -15,6 +15,8 @@ from skimage.measure import regionprops
 
 from .real_cases import real_cases
 
+CPU_DEVICE = torch.device("cpu")
+
 TINY = override(
     CPU,
     {"mask_generation": {"resolution": 16, "widths": [8, 16], "steps": 6, "batch_size": 4, "sampling_steps": 4}},
@@ -32,7 +34,7 @@ MASKS = [ellipse(90, 120, 40 + n, 60 - 2 * n, 15 + n, 20 - n) for n in range(9)]
 def trained(state: TrainingState | None, stop: int, log: list[StepLog] | None = None, seed: int = 1) -> TrainingState:
     torch.set_num_threads(1)
     on_step = (log if log is not None else []).append
-    return mask_generator.train(MASKS, TINY, seed, state, stop, on_step, lambda: False)
+    return mask_generator.train(MASKS, TINY, seed, state, stop, on_step, lambda: False, CPU_DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def unet(tmp_path_factory: pytest.TempPathFactory) -> mask_generator.UNet2DModel
     network.load_state_dict(trained(None, 6).ema)
     folder = tmp_path_factory.mktemp("mask_generator")
     network.save_pretrained(folder)
-    return mask_generator.load(folder)
+    return mask_generator.load(folder, CPU_DEVICE)
 
 
 # ------------------------------------------------------------------------------------------------------- the network
@@ -77,7 +79,9 @@ def test_training_leaves_the_global_generator_alone() -> None:
 
 def test_empty_masks_are_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
-        mask_generator.train([*MASKS, np.zeros((9, 9), np.bool_)], TINY, 1, None, 1, lambda _: None, lambda: False)
+        mask_generator.train(
+            [*MASKS, np.zeros((9, 9), np.bool_)], TINY, 1, None, 1, lambda _: None, lambda: False, CPU_DEVICE
+        )
 
 
 def test_augmentation_keeps_place_and_size_of_a_lesion_roughly() -> None:
@@ -203,7 +207,7 @@ def test_shapes_of_the_cpu_recipe_are_distributed_as_thirty_real_masks(name: str
     torch.set_num_threads(CPU.work.training_threads)
     masks = [case.mask for case in real_cases(name, 30)]
     steps = CPU.mask_generation.steps
-    state = mask_generator.train(masks, CPU, 1, None, steps, lambda entry: None, lambda: False)
+    state = mask_generator.train(masks, CPU, 1, None, steps, lambda entry: None, lambda: False, CPU_DEVICE)
     network = mask_generator.build(CPU.mask_generation)
     network.load_state_dict(state.ema)
     shapes = mask_generator.sample(network.eval(), CPU, list(range(64)), masks)

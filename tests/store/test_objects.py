@@ -14,7 +14,7 @@ import pytest
 from meddiff.contracts.problems import Fault
 from meddiff.embedded.servers import S3Server
 from meddiff.settings import Settings
-from meddiff.store.objects import NotFound, ObjectStore, StoreUnavailable
+from meddiff.store.objects import NotFound, ObjectStore, StoreRefused, StoreUnavailable
 from meddiff.store.retry import RetryPolicy
 from pydantic import SecretStr
 
@@ -171,16 +171,16 @@ def test_an_unreachable_store_is_unavailable_after_the_deadline(settings: Settin
             store.create("k", b"")
 
 
-def test_wrong_credentials_and_a_missing_bucket_are_unavailable_at_once(store: ObjectStore, settings: Settings) -> None:
+def test_wrong_credentials_and_a_missing_bucket_are_refused_at_once(store: ObjectStore, settings: Settings) -> None:
     wrong = ObjectStore.from_settings(settings.model_copy(update={"s3_secret_key": SecretStr("wrong")}))
     missing = ObjectStore.from_settings(settings.model_copy(update={"s3_bucket": "no-such-bucket"}))
     began = time.monotonic()
     for broken in (wrong, missing):
-        with pytest.raises(StoreUnavailable):
+        with pytest.raises(StoreRefused):
             broken.ping()
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(StoreRefused):
         wrong.put("k", b"")
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(StoreRefused):
         wrong.create("k", b"")
     assert time.monotonic() - began < 5
 

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from meddiff.contracts.base import JobId, Sha256, Stored, canonical_json, sha256_hex
 from meddiff.contracts.jobs import FinetuneSpec, GenerateSpec, Spec
 from meddiff.contracts.problems import Fault, ProblemError
-from meddiff.contracts.recipes import CPU, Recipe, override
+from meddiff.contracts.recipes import CPU, Quality, Recipe, override
 from meddiff.contracts.requests import FinetuneRequest, GenerateRequest
-from meddiff.importing import check_uri, is_dataset_id
+from meddiff.importing import check_uri, is_dataset_id, load_dataset
 from meddiff.planning.observe import read_spec
 from meddiff.store.keys import DatasetKeys, JobKeys, active, idempotency, newest
 from meddiff.store.objects import NotFound
@@ -23,6 +23,9 @@ from meddiff_services.gateway.problems import faults_of
 
 CHANGEABLE = frozenset({"inpainting", "quality", "erosion", "work"})
 """The parts of a model's recipe that a generate request may change."""
+
+CALIBRATED = frozenset(Quality.model_fields) - {"max_shape_iou"}
+"""Of ``quality``, what the model was calibrated with."""
 
 R = TypeVar("R", FinetuneRequest, GenerateRequest)
 
@@ -82,7 +85,7 @@ def generate_spec(here: Backends, request: GenerateRequest, job_id: JobId) -> Ge
     """Raises ``ProblemError`` with every fault: no such model or dataset, values that the recipe cannot take."""
     card = find_model(here, request.model)
     faults = [
-        *_missing_dataset(here, "masks", request.masks),
+        *_no_masks(here, request.masks),
         *_missing_dataset(here, "backgrounds", request.backgrounds),
         *_recipe_faults(card.recipe if card is not None else CPU, request.recipe),
     ]
@@ -128,11 +131,33 @@ def _missing_dataset(here: Backends, field: str, dataset_id: str | None) -> list
 def _recipe_faults(recipe: Recipe, changes: dict[str, Any]) -> list[Fault]:
     fixed = f"a model's recipe can be changed in {', '.join(sorted(CHANGEABLE))} only"
     faults = [Fault(pointer=f"/recipe/{part}", detail=fixed) for part in changes if part not in CHANGEABLE]
+    faults += [
+        Fault(
+            pointer=f"/recipe/quality/{field}", detail="the model was calibrated with it; fine-tune again to change it"
+        )
+        for field in sorted(CALIBRATED & set(_part(changes, "quality")))
+    ]
+    if _part(changes, "inpainting").get("background") == "repair" != recipe.inpainting.background:
+        detail = "the model has no repaired backgrounds; fine-tune again to have them"
+        faults.append(Fault(pointer="/recipe/inpainting/background", detail=detail))
     try:
         override(recipe, {part: value for part, value in changes.items() if part in CHANGEABLE})
     except ValidationError as error:
         faults += faults_of(error.errors(), ("body", "recipe"))
     return faults
+
+
+def _part(changes: dict[str, Any], name: str) -> dict[str, Any]:
+    part = changes.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _no_masks(here: Backends, dataset_id: str | None) -> list[Fault]:
+    if faults := _missing_dataset(here, "masks", dataset_id):
+        return faults
+    if dataset_id is None or load_dataset(here.store, here.tenant, dataset_id).pairs:
+        return []
+    return [Fault(pointer="/masks", detail="the dataset has no masks")]
 
 
 def _raise_if_any(faults: list[Fault]) -> None:

@@ -14,12 +14,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from kombu.exceptions import OperationalError
 from meddiff.contracts.problems import STATUS, TITLE, Fault, Problem, ProblemError, ProblemSlug, problem
-from meddiff.store.objects import StoreUnavailable
+from meddiff.store.objects import StoreError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 MEDIA_TYPE = "application/problem+json"
-UNREACHABLE = (StoreUnavailable, RedisError, OperationalError)
+UNREACHABLE = (StoreError, RedisError, OperationalError)
 """What the object store, redis-py and Celery raise when their server does not answer."""
 
 _RETRY_AFTER_SECONDS = "5"
@@ -68,6 +69,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         return _respond(request, _http_problem(request, error), error.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return _respond(request, problem("invalid-request", "The request was cut off"))
 
     async def unreachable(request: Request, error: Exception) -> JSONResponse:
         log.warning("backend unreachable", error=type(error).__name__, route=request.url.path)

@@ -7,7 +7,7 @@ import threading
 
 import structlog
 from meddiff.planning import dispatch
-from meddiff.store.objects import StoreUnavailable
+from meddiff.store.objects import StoreError
 
 from meddiff_services.gateway.backends import Backends
 from meddiff_services.gateway.metrics import Metrics
@@ -34,6 +34,6 @@ def _ensure_bucket(here: Backends, stop: threading.Event) -> None:
         try:
             here.store.ensure_bucket()
             return
-        except StoreUnavailable as error:
+        except StoreError as error:
             log.warning("no bucket yet", error=str(error))
             stop.wait(here.settings.sweep_seconds)

@@ -18,8 +18,8 @@ from meddiff.store.keys import ModelKeys
 from safetensors.torch import load_file
 
 from meddiff_services.candidates import Candidate, background_image, drawn, load_ground
-from meddiff_services.cases import imported, load, training_cases
-from meddiff_services.loading import fetch_folder, load_foundation, load_model
+from meddiff_services.cases import finetuning_recipe, imported, load, training_cases
+from meddiff_services.loading import fetch_folder, fingerprint, load_foundation, load_model
 from meddiff_services.pictures import decode_mask
 from meddiff_services.worker import Outcome, Work
 
@@ -34,7 +34,7 @@ def inpaint(work: Work) -> Outcome:
     work.raise_if_stopped()
     for candidate, image in zip(candidates, images, strict=True):
         work.store.put(work.keys.candidate(candidate.index, "image"), encode_png(image), "image/png")
-    return Outcome(units=len(images), output={})
+    return Outcome(units=len(images), output={"fingerprint": fingerprint(recipe, work.settings)})
 
 
 def _model(work: Work) -> Foundation:
@@ -59,7 +59,7 @@ def _canvas(work: Work, candidate: Candidate) -> inpainting.Canvas:
 
 def backgrounds(work: Work) -> Outcome:
     """Lesion-free backgrounds of the model: the lesions of a shard of training cases repaired away."""
-    recipe = work.spec.recipe
+    recipe = finetuning_recipe(work)
     torch.set_num_threads(recipe.work.inference_threads)
     dataset_id = imported(work)
     size = recipe.work.shard_size

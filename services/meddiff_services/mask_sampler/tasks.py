@@ -17,7 +17,7 @@ from meddiff.store.keys import ModelKeys
 
 from meddiff_services.candidates import Candidate, shard_indices
 from meddiff_services.cases import Loaded, load, training_cases
-from meddiff_services.loading import fetch_folder
+from meddiff_services.loading import device, fetch_folder
 from meddiff_services.pictures import Mask
 from meddiff_services.worker import Outcome, Work
 
@@ -78,7 +78,7 @@ def _shapes(work: Work, real: Sequence[Mask], seeds: Sequence[int]) -> list[Mask
     keys = ModelKeys(work.tenant, work.spec.model_id)
     folder = work.settings.scratch / "models" / work.spec.model_id / "mask_generator"
     fetch_folder(work.store, keys.file("mask_generator") + "/", folder, "config.json")
-    unet = mask_generator.load(folder)
+    unet = mask_generator.load(folder, device(work.settings))
     return mask_generator.sample(unet, work.spec.recipe, [derive(seed, "shape") for seed in seeds], real)
 
 
@@ -109,7 +109,7 @@ def choose_ground(low: Mask, grounds: Sequence[Ground], seed: int) -> Ground:
 
     if not any(ground.lesion.any() for ground in grounds):
         return grounds[seed % len(grounds)]
-    best = sorted(grounds, key=lambda g: (uncovered(g), g.case.id))[:COVERING]
+    best = sorted(grounds, key=lambda g: (uncovered(g), derive(seed, g.case.id)))[:COVERING]
     return best[seed % len(best)]
 
 

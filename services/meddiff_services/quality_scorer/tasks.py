@@ -29,7 +29,7 @@ from meddiff.store.keys import ModelKeys
 
 from meddiff_services.candidates import Candidate, background_image, drawn
 from meddiff_services.cases import imported, load, model_card, training_cases
-from meddiff_services.loading import fingerprint, load_encoder
+from meddiff_services.loading import load_encoder
 from meddiff_services.pictures import Mask, Pixels, decode_mask, decode_png, overlay, sheet
 from meddiff_services.worker import Outcome, Work
 
@@ -54,6 +54,7 @@ def import_(work: Work) -> Outcome:
             "layout": dataset.layout,
             "pairs": len(cases),
             "backgrounds": len(dataset.backgrounds),
+            "prompt": dataset.prompt,
             "cases": [case.image_sha256 for case in cases],
         },
     )
@@ -157,7 +158,7 @@ def manifest(work: Work) -> Outcome:
         dataset_id=work.spec.dataset_id,
         created_at=datetime.now(UTC),
         software_version=__version__,
-        fingerprint=fingerprint(work.spec.recipe, work.settings),
+        fingerprint=_painters(work),
         foundation=card.foundation,
         inpainter=card.inpainter,
         encoder=card.encoder,
@@ -179,6 +180,12 @@ def manifest(work: Work) -> Outcome:
     work.store.put(work.keys.contact_sheet, _contact_sheet(work, pairs[:SHEET_PAIRS]), "image/png")
     work.store.put(work.keys.manifest, manifest.model_dump_json(indent=1).encode(), "application/json")
     return Outcome(units=len(pairs), output={"accepted": len(pairs)})
+
+
+def _painters(work: Work) -> dict[str, str]:
+    """The fingerprint of the process that painted; where several differ, all of their values."""
+    found = [marker.output["fingerprint"] for marker in work.markers("inpainting")]
+    return {name: " | ".join(sorted({one[name] for one in found})) for name in found[0]}
 
 
 def _scores(entry: selection.Entry) -> Scores | None:

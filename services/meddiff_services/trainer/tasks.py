@@ -22,10 +22,10 @@ from meddiff.seeds import derive
 from meddiff.store.keys import ModelKeys, model_name
 from safetensors.torch import load_file, save_file
 
-from meddiff_services.cases import imported, load, training_cases
-from meddiff_services.loading import fingerprint, load_encoder, load_foundation
+from meddiff_services.cases import finetuning_recipe, imported, load, training_cases
+from meddiff_services.loading import device, fingerprint, load_encoder, load_foundation
 from meddiff_services.pictures import Pixels, sheet
-from meddiff_services.worker import Outcome, Work
+from meddiff_services.worker import Outcome, Stopped, Work
 
 KEPT_CHECKPOINTS = 2
 
@@ -37,7 +37,7 @@ def cache(work: Work) -> Outcome:
     pairs = [load(work, dataset_id, case) for case in training_cases(work, dataset_id)]
     dataset = load_dataset(work.store, work.tenant, dataset_id)
     backgrounds = [load(work, dataset_id, case).image for case in dataset.backgrounds]
-    recipe = work.spec.recipe
+    recipe = finetuning_recipe(work)
     tensors = finetune.build_cache(
         load_foundation(recipe.foundation, work.settings, work.store),
         [(p.image, p.mask) for p in pairs],
@@ -47,9 +47,16 @@ def cache(work: Work) -> Outcome:
         lambda done, total: work.progress(done, total, "examples"),
     )
     path = _cache_file(work)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    _save(tensors, path)
     work.store.upload_file(work.keys.cache, path)
     return Outcome(units=len(pairs), output={})
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Whole or not at all: another task of this machine may read it."""
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)
 
 
 def _cache_file(work: Work) -> Path:
@@ -77,7 +84,8 @@ def _segment(work: Work, part: Stage, steps: int, segment_steps: int, train: Tra
         )
 
     state = train(_load_checkpoint(work, part, start) if start else None, stop, on_step)
-    work.raise_if_stopped()
+    if state.step != stop:
+        raise Stopped
     _save_checkpoint(work, part, state)
     work.store.put(work.keys.training_log(part, work.shard), _log_lines(log), "application/x-ndjson")
     losses = [entry.loss for entry in log]
@@ -114,9 +122,7 @@ def _load_checkpoint(work: Work, part: Stage, step: int) -> TrainingState:
 def _save_checkpoint(work: Work, part: Stage, state: TrainingState) -> None:
     """Upload the checkpoint; keep the newest two in the store and the newest on this disk."""
     path = _checkpoint_file(work, part, state.step)
-    partial = path.with_suffix(".partial")
-    save_file(state.to_tensors(), partial)
-    partial.replace(path)
+    _save(state.to_tensors(), path)
     work.store.upload_file(work.keys.checkpoint(part, state.step, "state.safetensors"), path)
     for old in path.parent.glob(f"{part}.*.safetensors"):
         if old != path:
@@ -151,7 +157,7 @@ def _diffusion_segment(work: Work, part: Stage) -> tuple[TrainingState, Outcome]
 
 def _preview_inpainter(work: Work, state: TrainingState) -> None:
     """Lesions painted into a few training images where their masks say, with the averaged weights so far."""
-    recipe = work.spec.recipe
+    recipe = finetuning_recipe(work)
     count = recipe.finetuning.preview_pairs
     if count == 0:
         return
@@ -166,6 +172,7 @@ def _preview_inpainter(work: Work, state: TrainingState) -> None:
         start = inpainting.fit_lesion(here.image, here.mask, guide, donor.image, donor.mask, cover=here.mask)
         canvases.append(inpainting.Canvas(here.image, here.mask, guide, start, derive("preview", n)))
     painted = inpainting.inpaint(model, canvases, recipe, work.should_stop)
+    work.raise_if_stopped()
     rows: list[list[Pixels | np.ndarray]] = [
         [here.image, here.mask, image] for here, image in zip(cases, painted, strict=True)
     ]
@@ -179,9 +186,11 @@ def mask_generator_segment(work: Work) -> Outcome:
     dataset_id = imported(work)
     masks = [load(work, dataset_id, case).mask for case in training_cases(work, dataset_id)]
 
+    where = device(work.settings)
+
     def train(state: TrainingState | None, stop: int, on_step: Callable[[StepLog], None]) -> TrainingState:
         seed = derive(work.spec.request.split_seed, "mask_generator")
-        return mask_generator.train(masks, recipe, seed, state, stop, on_step, work.should_stop)
+        return mask_generator.train(masks, recipe, seed, state, stop, on_step, work.should_stop, where)
 
     settings = recipe.mask_generation
     state, outcome = _segment(work, "mask_generator", settings.steps, settings.segment_steps, train)
@@ -197,7 +206,7 @@ def mask_generator_segment(work: Work) -> Outcome:
 def publish(work: Work) -> Outcome:
     """Assemble the model: a diffusers folder, the mask generator beside it, and its card last."""
     started = time.monotonic()
-    recipe = work.spec.recipe
+    recipe = finetuning_recipe(work)
     keys = ModelKeys(work.tenant, work.spec.model_id)
     dataset_id = imported(work)
     dataset = load_dataset(work.store, work.tenant, dataset_id)

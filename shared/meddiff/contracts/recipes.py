@@ -13,6 +13,7 @@ from pydantic import Field
 from meddiff.contracts.base import Contract
 
 Positive = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=8, multiple_of=8)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -54,7 +55,7 @@ class MaskGeneration(Contract):
     """The DDPM on binary masks. ``min_masks``: below it shapes come from a geometric family fitted to the masks."""
 
     resolution: Annotated[int, Field(ge=16, le=256, multiple_of=16)] = 64
-    widths: tuple[Positive, ...] = (64, 128, 256, 512)
+    widths: Annotated[tuple[Width, ...], Field(min_length=1, max_length=5)] = (64, 128, 256, 512)
     steps: Annotated[int, Field(ge=1, le=100_000)]
     batch_size: Annotated[int, Field(ge=1, le=256)]
     learning_rate: Annotated[float, Field(gt=0, le=1)]

@@ -53,8 +53,8 @@ class Task(Contract):
 
 class Marker(Stored):
     """``done/{stage}/{shard}.json``: the task is done. ``units`` (steps, candidates) in ``seconds`` give the speed;
-    ``output`` is what later stages and the planner need to know, and is a function of the job's spec alone.
-    Only ``seconds`` and ``worker`` may differ between two runs of the same task."""
+    ``output`` is what later stages and the planner need to know, and is a function of the job's spec and the
+    fingerprint. Only ``seconds`` and ``worker`` may differ between two runs of the same task."""
 
     stage: Stage
     shard: int
@@ -62,6 +62,10 @@ class Marker(Stored):
     seconds: float
     worker: str
     output: dict[str, Any]
+
+
+KILLED = "its process was ended from outside, perhaps for want of memory"
+"""The ``error`` of a fault that no exception left behind."""
 
 
 class TaskFault(Stored):

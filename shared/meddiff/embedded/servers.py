@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
 
 import httpx
+import psutil
 import redis
 
 _LOOPBACK = "127.0.0.1"
@@ -31,15 +33,11 @@ class S3Server:
     endpoint: str
     access_key: str
     secret_key: str
-    ports: tuple[int, ...]
 
     def stop(self) -> None:
-        """Ends the server and waits until it is gone. What it acknowledged stays in its folder; the sockets that it
-        leaves in /tmp, whatever its flags say, are removed."""
-        _end(self.process)
-        for port in self.ports:
-            for path in Path("/tmp").glob(f"seaweedfs-*-{port + _GRPC_OFFSET}.sock"):
-                path.unlink(missing_ok=True)
+        """Ends the server and waits until it is gone. What it acknowledged stays in its folder."""
+        with sockets_removed([self.process.pid]):
+            _end(self.process)
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def start_s3(folder: Path) -> S3Server:
         "-s3.port.lance=0",
     ]  # fmt: skip
     process = _spawn(command, folder / "s3.log")
-    server = S3Server(process, f"{_LOOPBACK}:{s3}", access_key, secret_key, (master, volume, filer, s3))
+    server = S3Server(process, f"{_LOOPBACK}:{s3}", access_key, secret_key)
     _wait(process, folder / "s3.log", lambda: httpx.get(f"http://{server.endpoint}/healthz").is_success)
     return server
 
@@ -91,6 +89,21 @@ def start_redis(folder: Path) -> RedisServer:
     _wait(process, folder / "redis.log", lambda: bool(client.ping()))
     client.close()
     return server
+
+
+@contextmanager
+def sockets_removed(pids: Sequence[int]) -> Iterator[None]:
+    """For ending processes in: removes the Unix sockets they listen on. SeaweedFS leaves some in /tmp, whatever its
+    flags say."""
+    paths: list[Path] = []
+    for pid in pids:
+        with suppress(psutil.Error):
+            paths += [
+                Path(c.laddr) for c in psutil.Process(pid).net_connections("unix") if str(c.laddr).startswith("/")
+            ]
+    yield
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _binary(name: str) -> Path:

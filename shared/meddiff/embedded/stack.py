@@ -19,7 +19,7 @@ import psutil
 
 from meddiff.contracts.base import Contract
 from meddiff.contracts.tasks import QUEUE_OF, Queue
-from meddiff.embedded.servers import start_redis, start_s3
+from meddiff.embedded.servers import sockets_removed, start_redis, start_s3
 from meddiff.planning.leases import Leases
 
 LOOPBACK = "127.0.0.1"
@@ -177,7 +177,9 @@ def _record(folder: Path, stack: Stack, name: str, pid: int, log: Path) -> Stack
     """The stack with one more member, written down at once so that ``down`` finds it whatever happens next."""
     member = Member(name=name, pid=pid, started=psutil.Process(pid).create_time(), log=log.resolve())
     stack = stack.model_copy(update={"members": (*stack.members, member)})
-    _state(folder).write_text(stack.model_dump_json(indent=2))
+    fresh = _state(folder).with_suffix(".part")
+    fresh.write_text(stack.model_dump_json(indent=2))
+    fresh.replace(_state(folder))
     return stack
 
 
@@ -206,14 +208,19 @@ def _answers(stack: Stack) -> bool:
 def _end(members: Sequence[Member], patience: float) -> None:
     """SIGTERM to each, SIGKILL to the sessions of those that stay; returns when all are gone."""
     found = [process for member in members if (process := member.process()) is not None]
-    families = found + [child for process in found for child in process.children(recursive=True)]
+    families = list(found)
     for process in found:
-        process.terminate()
-    psutil.wait_procs(families, patience)
-    for process in families:
-        if process.is_running():
-            process.kill()
-    psutil.wait_procs(families)
+        with suppress(psutil.NoSuchProcess):
+            families += process.children(recursive=True)
+    with sockets_removed([process.pid for process in families]):
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        psutil.wait_procs(families, patience)
+        for process in families:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(families)
 
 
 def _free_port() -> int:

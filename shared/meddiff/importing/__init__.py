@@ -1,11 +1,19 @@
 """Datasets come in here: from wherever they lie, in whatever layout, into one stored form."""
 
-from meddiff.importing.datasets import import_dataset, load_case, load_dataset, select_cases, validate
+from meddiff.importing.datasets import (
+    first_of_each_picture,
+    import_dataset,
+    load_case,
+    load_dataset,
+    select_cases,
+    validate,
+)
 from meddiff.importing.sources import Source, check_uri, is_dataset_id, open_archive, open_source
 
 __all__ = [
     "Source",
     "check_uri",
+    "first_of_each_picture",
     "import_dataset",
     "is_dataset_id",
     "load_case",

@@ -116,15 +116,21 @@ def load_case(store: ObjectStore, tenant: str, dataset_id: str, case: Case) -> t
     return image, None if case.mask_sha256 is None else decode_mask(store.get(keys.mask(case.id)))
 
 
+def first_of_each_picture(dataset: Dataset) -> dict[str, Case]:
+    """The pairs by the digest of their image; of those with the same image, the first."""
+    return {case.image_sha256: case for case in reversed(dataset.pairs)}
+
+
 def select_cases(dataset: Dataset, max_pairs: int | None, seed: int) -> tuple[Case, ...]:
     """At most ``max_pairs`` pairs (None: all) in an order drawn from ``seed``: one of each patient, then the second
-    of each, and so on, so that few pairs come from many patients. Where patients are unknown each case is its own.
+    of each, and so on, so that few pairs come from many patients. Where patients are unknown each case is its own. Of
+    cases with the same picture only the first counts.
 
     Raises ``ProblemError`` ``invalid-dataset`` where the dataset has fewer than two pairs.
     """
     if len(dataset.pairs) < MIN_PAIRS:
         raise ProblemError("invalid-dataset", f"{len(dataset.pairs)} pairs; fine-tuning needs {MIN_PAIRS}")
-    drawn = sorted(dataset.pairs, key=lambda case: derive(seed, "pairs", case.id))
+    drawn = sorted(first_of_each_picture(dataset).values(), key=lambda case: derive(seed, "pairs", case.id))
     turn: dict[str, int] = defaultdict(int)
     turns: list[int] = []
     for case in drawn:

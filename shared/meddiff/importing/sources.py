@@ -19,7 +19,7 @@ from urllib.parse import unquote
 from meddiff.contracts.problems import Fault, ProblemError
 from meddiff.layouts import relevant
 from meddiff.settings import Settings
-from meddiff.store.objects import NotFound, ObjectStore, StoreUnavailable
+from meddiff.store.objects import NotFound, ObjectStore, StoreRefused
 
 MAX_FILES = 100_000
 MAX_FILE_BYTES = 256 * 2**20
@@ -280,7 +280,7 @@ def _bound(size: int) -> None:
 def _reaching() -> Iterator[None]:
     try:
         yield
-    except StoreUnavailable as error:
+    except StoreRefused as error:
         raise ProblemError(
             "source-unreachable", f"the bucket cannot be read: {error}", [_uri_fault(str(error))]
         ) from None

@@ -29,6 +29,10 @@ def read(files: Files) -> Listing | None:
     if not listings:
         return None
     name = listings[0]
+    if len(rivals := [path for path in listings if path.count("/") == name.count("/")]) > 1:
+        return Listing(
+            (), tuple(Fault(pointer=path, detail="one of several; name the folder of one") for path in rivals)
+        )
     try:
         content = files[name]
     except OSError as error:

@@ -84,10 +84,11 @@ def _send(leases: Leases, send: Send, due: Iterable[Task]) -> None:
     snapshot = leases.snapshot()
     room: dict[Queue, int] = {}
     for task in due:
-        left = room.setdefault(task.queue, _room(leases, snapshot, task.queue))
-        if left > 0 and not snapshot.holds(task) and leases.reserve(task):
+        if task.queue not in room:
+            room[task.queue] = _room(leases, snapshot, task.queue)
+        if room[task.queue] > 0 and not snapshot.holds(task) and leases.reserve(task):
             send(task)
-            room[task.queue] = left - 1
+            room[task.queue] -= 1
 
 
 def _room(leases: Leases, snapshot: Snapshot, queue: Queue) -> int:

@@ -11,15 +11,15 @@ from typing import Any
 from meddiff.contracts.jobs import EndStatus, FinetuneSpec, GenerateSpec, Spec
 from meddiff.contracts.problems import Problem, problem
 from meddiff.contracts.recipes import Recipe
-from meddiff.contracts.tasks import Stage, Task
+from meddiff.contracts.tasks import KILLED, Stage, Task
 from meddiff.planning.selection import Tally, budget, is_full, next_start_index, wanted
 
-SAME_FAULTS = 3  # A task that failed this often with one error is not tried again,
+SAME_FAULTS = 3  # A task that failed this often with one error is not tried again (being killed may be anyone's doing),
 ANY_FAULTS = 9  # nor one that failed this often in all.
 
 ADVICE: dict[str, str] = {
-    "too_far": "lower quality.far_quantile or fine-tune for more steps",
-    "copy": "raise inpainting.strength or lower quality.copy_quantile",
+    "too_far": "fine-tune for more steps or with a lower quality.far_quantile",
+    "copy": "raise inpainting.strength, or fine-tune with a higher quality.copy_quantile",
     "flat": "fine-tune for more steps",
     "empty_shape": "give more masks or lower erosion.share",
     "duplicate_shape": "raise quality.max_shape_iou or give more masks",
@@ -170,7 +170,7 @@ def _poison(due: Iterable[Task], observed: Observed) -> Problem | None:
         errors = observed.faults.get((task.stage, task.shard))
         if errors:
             error, times = Counter(errors).most_common(1)[0]
-            if times >= SAME_FAULTS or len(errors) >= ANY_FAULTS:
+            if (times >= SAME_FAULTS and error != KILLED) or len(errors) >= ANY_FAULTS:
                 detail = f"Shard {task.shard} of stage {task.stage} failed {len(errors)} times, {times} with {error}."
                 return problem("task-failed", detail)
     return None

@@ -20,6 +20,7 @@ def celery_app(settings: Settings) -> Celery:
         task_serializer="json",
         task_ignore_result=True,
         task_acks_late=True,
+        task_time_limit=settings.task_seconds,
         task_reject_on_worker_lost=True,
         task_publish_retry_policy=_PUBLISH_RETRY,
         worker_prefetch_multiplier=1,

@@ -20,7 +20,7 @@ from meddiff.contracts.recipes import Recipe
 from meddiff.science import geometry
 from meddiff.science.foundation import Foundation, embed_prompt, encode, vae_factor
 from meddiff.science.geometry import Field, Image, Mask, Pixels
-from meddiff.science.training import StepLog, TrainingState, train_segment, warmup
+from meddiff.science.training import StepLog, TrainingState, share_of, train_segment, warmup
 from meddiff.seeds import derive
 
 ENCODED_AT_ONCE = 8
@@ -246,7 +246,7 @@ def train(
     settings = recipe.finetuning
     prefix = "repair/" if part == "repair" else ""
     examples = {name: cache[prefix + name].float() for name in ("latents", "masked_latents", "mask", "loss_mask")}
-    prompt = cache["prompt_embeds"].to(f.device).float()
+    prompt = cache["prompt_embeds"].float()
     last_timestep = f.scheduler.config.num_train_timesteps - 1
     if settings.gradient_checkpointing:
         f.unet.enable_gradient_checkpointing()
@@ -259,15 +259,19 @@ def train(
         strata = torch.randperm(batch, generator=draw) + torch.rand(batch, generator=draw)
         timesteps = (strata / batch * last_timestep).round().long()
         noises = torch.randn(batch, *examples["latents"].shape[1:], generator=draw)
-        share = slice(accelerator.process_index, None, accelerator.num_processes)
+        share = share_of(batch, accelerator)
         latents, masked_latents, mask, loss_mask = (
-            examples[name][chosen[share]].to(f.device) for name in ("latents", "masked_latents", "mask", "loss_mask")
+            examples[name][chosen[share]].to(accelerator.device)
+            for name in ("latents", "masked_latents", "mask", "loss_mask")
         )
-        t, noise = timesteps[share].to(f.device), noises[share].to(f.device)
+        t, noise, context = (
+            part.to(accelerator.device)
+            for part in (timesteps[share], noises[share], prompt.expand(len(latents), -1, -1))
+        )
         alpha, beta = f.alpha_beta(t)
         noisy = alpha * latents + beta * noise
         with f.autocast():
-            prediction = unet(f.unet_input(noisy, mask, masked_latents), t, prompt.expand(len(t), -1, -1)).sample
+            prediction = unet(f.unet_input(noisy, mask, masked_latents), t, context).sample
         return masked_loss(f.predicted_clean(prediction.float(), noisy, t), latents, loss_mask, f.loss_weight(t))
 
     def learning_rate(step: int) -> float:

@@ -142,6 +142,12 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
+def trailing_timesteps(count: int, total: int) -> Tensor:
+    """``count`` timesteps (at most ``total``) from the last one down in equal steps (Lin et al., WACV 2024), and -1,
+    the clean end."""
+    return torch.cat([(total - torch.arange(count) * total / count).round().long() - 1, torch.tensor([-1])])
+
+
 def vae_factor(f: Foundation) -> int:
     """Pixels to a latent cell, along an axis."""
     return int(2 ** (len(f.vae.config.block_out_channels) - 1))

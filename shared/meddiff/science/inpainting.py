@@ -19,7 +19,7 @@ from meddiff.contracts.manifest import Window
 from meddiff.contracts.recipes import Recipe
 from meddiff.science import geometry
 from meddiff.science.finetune import as_model_input
-from meddiff.science.foundation import Foundation, decode, embed_prompt, encode, vae_factor
+from meddiff.science.foundation import Foundation, decode, embed_prompt, encode, trailing_timesteps, vae_factor
 from meddiff.science.geometry import Field, Image, Mask
 
 EARLY_REACH = 1 / 16
@@ -176,11 +176,9 @@ def solve(
 
 
 def solver_timesteps(f: Foundation, solver_steps: int, strength: float) -> Tensor:
-    """The last ``strength`` of ``solver_steps`` trailing timesteps (Lin et al., WACV 2024), at least one, and -1, the
-    clean end."""
-    f.scheduler.set_timesteps(solver_steps)
+    """The last ``strength`` of ``solver_steps`` trailing timesteps, at least one, and -1, the clean end."""
     walked = max(1, round(strength * solver_steps))
-    return torch.cat([f.scheduler.timesteps[-walked:], torch.tensor([-1])])
+    return trailing_timesteps(solver_steps, f.scheduler.config.num_train_timesteps)[-walked - 1 :]
 
 
 def guide_at(cells: NDArray[np.bool_], reach: float) -> Field:

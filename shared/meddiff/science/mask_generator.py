@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
 from meddiff.contracts.recipes import MaskGeneration, Recipe
+from meddiff.science.foundation import trailing_timesteps
 from meddiff.science.geometry import Field, Mask, resize_image, resize_mask
-from meddiff.science.training import StepLog, TrainingState, train_segment, warmup
+from meddiff.science.training import StepLog, TrainingState, share_of, train_segment, warmup
 from meddiff.seeds import derive
 
 __all__ = ["build", "geometric", "load", "place", "sample", "train"]
@@ -49,14 +51,10 @@ def build(settings: MaskGeneration) -> UNet2DModel:
     )
 
 
-def load(folder: Path) -> UNet2DModel:
+def load(folder: Path, device: torch.device) -> UNet2DModel:
     """The U-Net that ``save_pretrained`` left in a folder."""
     unet = UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    return unet.to(_device()).eval()
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return unet.to(device).eval()
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -70,6 +68,7 @@ def train(
     stop_step: int,
     on_step: Callable[[StepLog], None],
     should_stop: Callable[[], bool],
+    device: torch.device,
 ) -> TrainingState:
     """Train the DDPM on ``masks`` (H, W) from ``state`` (None: random weights of this seed) up to ``stop_step``.
 
@@ -82,7 +81,7 @@ def train(
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(derive(seed, "mask_generator", "weights"))
         unet = build(settings)
-    unet = unet.to(_device())
+    unet = unet.to(device)
     clean = torch.stack([_signed(mask, settings.resolution) for mask in masks])
     scheduler = DDPMScheduler(**SCHEDULE)
 
@@ -94,7 +93,7 @@ def train(
         strata = (torch.randperm(n, generator=draw) + torch.rand(n, generator=draw)) / n
         t = (strata * scheduler.config.num_train_timesteps).long()
         noise = torch.randn(x.shape, generator=draw)
-        mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        mine = share_of(n, accelerator)
         x, t, noise = (part[mine].to(accelerator.device) for part in (x, t, noise))
         noisy = scheduler.add_noise(x, noise, t)
         return F.mse_loss(model(noisy, t).sample, scheduler.get_velocity(x, noise, t))
@@ -176,9 +175,10 @@ def sample(unet: UNet2DModel, recipe: Recipe, seeds: Sequence[int], masks: Seque
 
 
 def _ddim(unet: UNet2DModel, settings: MaskGeneration, seeds: Sequence[int]) -> list[Field]:
-    """Fields (res, res) in [-1, 1], one a seed: deterministic DDIM (eta 0) from trailing timesteps."""
-    scheduler = DDIMScheduler(**SCHEDULE, timestep_spacing="trailing", clip_sample=True)
-    scheduler.set_timesteps(settings.sampling_steps)
+    """Fields (res, res) in [-1, 1], one a seed: deterministic DDIM (eta 0) of clipped v-predictions."""
+    noise_schedule = DDPMScheduler(**SCHEDULE)
+    signal = torch.cat([noise_schedule.alphas_cumprod, torch.ones(1)])  # The last, of timestep -1, is the clean end.
+    steps = trailing_timesteps(settings.sampling_steps, noise_schedule.config.num_train_timesteps)
     shape = (1, settings.resolution, settings.resolution)
     fields: list[Field] = []
     for first in range(0, len(seeds), SAMPLED_AT_ONCE):
@@ -186,8 +186,11 @@ def _ddim(unet: UNet2DModel, settings: MaskGeneration, seeds: Sequence[int]) -> 
         full = batch + batch[-1:] * (SAMPLED_AT_ONCE - len(batch))
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in full]
         x = torch.stack(noise).to(unet.device)
-        for t in scheduler.timesteps:
-            x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+        for t, following in pairwise(steps):
+            alpha, beta = signal[t].sqrt(), (1 - signal[t]).sqrt()
+            clean = (alpha * x - beta * unet(x, t).sample).clamp(-1, 1)
+            noise_left = (x - alpha * clean) / beta
+            x = signal[following].sqrt() * clean + (1 - signal[following]).sqrt() * noise_left
         fields += list(x[: len(batch), 0].cpu().numpy())
     return fields
 

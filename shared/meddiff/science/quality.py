@@ -30,6 +30,7 @@ __all__ = ["Encoder", "Reference", "Verdict", "calibrate", "judge", "lesion_crop
 SMALLEST_CROP = 16
 FLAT_STD = 2.0  # Grey levels; the flattest real lesion of five public datasets has 4.5.
 SUBCROP = 0.85
+LIT = (20, -20)  # Grey levels.
 SAFETY = 0.85  # A low quantile of thirty ratios is uncertain; new real cases must not pass for copies.
 LEAST_SPREAD = 0.15  # Of log distances: a handful of cases may lie equally far from each other by chance.
 CORNERS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
@@ -127,12 +128,22 @@ def _farthest(distances: NDArray[np.float64], quantile: float) -> float:
 
 
 def _views(crop: Image) -> list[Image]:
-    """The crop, turned by quarters, and its middle and corners enlarged. (Encoders see mirror images as the same.)"""
+    """The crop, turned by quarters, its middle and corners enlarged, and crop and middle lighter and darker. (Encoders
+    see mirror images as the same.)"""
+    turned = [np.rot90(crop, turn) for turn in (1, 2, 3)]
+    parts = [_enlarged(crop, SUBCROP, y, x) for y, x in CORNERS]
+    lit = [
+        np.clip(view.astype(np.int16) + change, 0, 255).astype(np.uint8) for view in (crop, parts[0]) for change in LIT
+    ]
+    return [crop, *turned, *parts, _enlarged(crop, (1 + SUBCROP) / 2, 0.5, 0.5), *lit]
+
+
+def _enlarged(crop: Image, share: float, y: float, x: float) -> Image:
+    """A part of the crop, ``share`` of its side, at (y, x) in [0, 1] from the first place to the last."""
     size = crop.shape[0]
-    part = round(SUBCROP * size)
-    places = [(round(y * (size - part)), round(x * (size - part))) for y, x in CORNERS]
-    parts = [resize_image(crop[y : y + part, x : x + part], (size, size)) for y, x in places]
-    return [crop, *(np.rot90(crop, turn) for turn in (1, 2, 3)), *parts]
+    part = round(share * size)
+    top, left = round(y * (size - part)), round(x * (size - part))
+    return resize_image(crop[top : top + part, left : left + part], (size, size))
 
 
 def _changed(crop: Image, seed: int) -> Image:

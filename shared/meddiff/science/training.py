@@ -83,6 +83,13 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             p.copy_(weights[name])
 
 
+def share_of(batch: int, accelerator: Accelerator) -> slice:
+    """This process's part of a batch. Raises ``ValueError`` where the parts would differ in size."""
+    if batch % accelerator.num_processes:
+        raise ValueError(f"a batch of {batch} cannot be shared evenly by {accelerator.num_processes} processes")
+    return slice(accelerator.process_index, None, accelerator.num_processes)
+
+
 def warmup(step: int, steps: int, learning_rate: float, warmup_steps: int, cosine: bool = False) -> float:
     """The learning rate of step ``step`` (0-based) of ``steps``: a linear rise over ``warmup_steps``, then constant, or
     falling to zero along half a cosine."""

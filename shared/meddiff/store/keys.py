@@ -110,6 +110,10 @@ class JobKeys:
     def done(self, stage: Stage, shard: int) -> str:
         return f"{self.root}/done/{join(stage, f'{shard:08d}.json')}"
 
+    def started(self, stage: Stage, shard: int) -> str:
+        """There while a worker runs the task, and after that only if it was killed."""
+        return f"{self.root}/started/{join(stage, f'{shard:08d}')}"
+
     def fault(self, stage: Stage, shard: int, n: int) -> str:
         return f"{self.root}/faults/{join(stage, f'{shard:08d}', f'{n:04d}.json')}"
 

@@ -27,6 +27,7 @@ M = TypeVar("M", bound=BaseModel)
 _REGION = "us-east-1"  # Named so that no client asks the store for it; presigning needs no request at all.
 _PAGE = 1000
 _MISSING = frozenset({"NoSuchKey", "NoSuchObject"})
+_CLIENT_ERRORS = (S3Error, ServerError, InvalidResponseError, urllib3.exceptions.HTTPError)
 _TRANSIENT = frozenset({"InternalError", "ServiceUnavailable", "SlowDown", "SlowDownWrite", "RequestTimeout"})
 
 
@@ -34,15 +35,23 @@ class NotFound(Exception):
     """There is no object of that key."""
 
 
-class StoreUnavailable(Exception):
-    """The store did not answer within the deadline, or refuses what the service must be able to do."""
+class StoreError(Exception):
+    """What was asked of the store was not done."""
+
+
+class StoreUnavailable(StoreError):
+    """The store did not answer within the deadline: later it may."""
+
+
+class StoreRefused(StoreError):
+    """The store answered that it will not: wrong credentials, no such bucket, no room."""
 
 
 class ObjectStore:
     """One bucket. Every call is retried under one policy; none is hidden in the client below it.
 
-    Every method raises ``StoreUnavailable`` where the store cannot be reached within the policy's deadline, refuses
-    the credentials or lacks the bucket.
+    Every method raises ``StoreUnavailable`` where the store cannot be reached within the policy's deadline and
+    ``StoreRefused`` where it refuses the credentials, lacks the bucket or has no room.
     """
 
     def __init__(self, settings: Settings, retry: RetryPolicy) -> None:
@@ -78,7 +87,7 @@ class ObjectStore:
     def ping(self) -> None:
         """Returns if the store answers and the bucket is there; tries once, for a probe that asks again by itself."""
         if not self._guard(lambda: self._client.bucket_exists(bucket_name=self.bucket), retry=RetryPolicy(deadline=0)):
-            raise StoreUnavailable(f"the store has no bucket {self.bucket}")
+            raise StoreRefused(f"the store has no bucket {self.bucket}")
 
     def ensure_bucket(self) -> None:
         """The bucket exists afterwards, whoever made it."""
@@ -245,12 +254,13 @@ class ObjectStore:
         """``attempt`` under the retry policy, its errors in this module's terms."""
         try:
             return (retry or self._retry)(attempt, _is_transient)
-        except S3Error as error:
-            if key is not None and error.code in _MISSING:
+        except _CLIENT_ERRORS as error:
+            code = error.code if isinstance(error, S3Error) else type(error).__name__
+            if key is not None and code in _MISSING:
                 raise NotFound(key) from None
-            raise StoreUnavailable(f"the store answered {error.code}") from error
-        except (urllib3.exceptions.HTTPError, ServerError, InvalidResponseError) as error:
-            raise StoreUnavailable(f"the store cannot be reached: {type(error).__name__}") from error
+            if _is_transient(error):
+                raise StoreUnavailable(f"the store cannot be reached: {code}") from error
+            raise StoreRefused(f"the store answered {code}") from error
 
 
 def _is_transient(error: Exception) -> bool:
