@@ -1,18 +1,32 @@
-"""The main job through the real services over HTTP, and the same bytes on three inpainters as on one."""
+"""The main job through the real services over HTTP, the same bytes on three inpainters as on one, backgrounds of the
+user's own, and a fine-tuned model in plain diffusers."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
+import torch
+from diffusers import StableDiffusionInpaintPipeline
 from meddiff import phantoms
 from meddiff.client import Client
 from meddiff.contracts.jobs import Job
 from meddiff.contracts.manifest import Manifest
 from meddiff.embedded import stack
+from meddiff.settings import Settings
+from meddiff.store.keys import ModelKeys
+from meddiff.store.objects import ObjectStore
+from meddiff_services.loading import fetch_folder
 from meddiff_services.pictures import decode_mask, decode_png
+from PIL import Image
+
+from benchmarks import outside_guide
+from benchmarks.sources import Pulled
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -39,9 +53,30 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pulled(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[int, tuple[Path, Manifest]]:
-    """What one request gives on one inpainter and on three, by their number."""
-    home = tmp_path_factory.mktemp("stack")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two lesion-free photographs of 3024 x 2016."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "backgrounds").mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(2):
+        coarse = Image.fromarray(rng.integers(120, 200, (42, 63, 3), np.uint8))
+        coarse.resize((3024, 2016), Image.Resampling.BICUBIC).save(folder / "backgrounds" / f"{n}.jpg", quality=95)
+    return folder
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one request gives on one inpainter and on three, by their number; the pairs on the large photographs; and
+    the fine-tuned model's folder."""
+
+    pulled: dict[int, tuple[Path, Manifest]]
+    on_large: Path
+    model: Path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, dataset: Path, large: Path) -> Made:
+    home, on_large, model = (tmp_path_factory.mktemp(name) for name in ("stack", "on_large", "model"))
     results = {}
     for inpainters in (1, 3):
         running = stack.up(home / str(inpainters), inpainters=inpainters, data=home / "data", file_roots=[dataset])
@@ -51,13 +86,34 @@ def pulled(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[int,
                     tuned = client.finetune(f"file://{dataset}", name="phantom", override=SMALL)
                     succeeded(client, tuned)
                     assert client.previews(tuned.id)
-                made = succeeded(client, client.generate("phantom", COUNT, seed=7))
-                assert made.result is not None
+                    model_id = client.model("phantom").id
+                    fetch_folder(store_of(running), ModelKeys("local", model_id).root + "/", model, "model.json")
+                job = succeeded(client, client.generate("phantom", COUNT, seed=7))
                 folder = tmp_path_factory.mktemp(f"pulled{inpainters}")
-                results[inpainters] = (folder, client.pull(made.id, folder))
+                results[inpainters] = (folder, client.pull(job.id, folder))
+                if inpainters == 3:
+                    backgrounds = client.upload(large).id
+                    job = succeeded(client, client.generate("phantom", 2, backgrounds=backgrounds))
+                    client.pull(job.id, on_large)
         finally:
             stack.down(home / str(inpainters))
-    return results
+    return Made(results, on_large, model)
+
+
+def store_of(running: stack.Stack) -> ObjectStore:
+    """The stack's store, as its gateway reaches it."""
+    gateway = next(member for member in running.members if member.name == "gateway").process()
+    assert gateway is not None
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in gateway.environ().items():
+            if name.startswith("MEDDIFF_"):
+                patch.setenv(name, value)
+        return ObjectStore.from_settings(Settings())
+
+
+@pytest.fixture(scope="module")
+def pulled(made: Made) -> dict[int, tuple[Path, Manifest]]:
+    return made.pulled
 
 
 def test_delivers_what_was_asked_for(pulled: dict[int, tuple[Path, Manifest]]) -> None:
@@ -78,6 +134,29 @@ def test_outside_the_guide_nothing_changes(pulled: dict[int, tuple[Path, Manifes
         assert not (shape & ~guide).any()
         assert not (label & ~shape).any()
         assert label.any()
+
+
+def test_the_manifest_is_what_the_published_schema_says(pulled: dict[int, tuple[Path, Manifest]]) -> None:
+    published = json.loads((Path(__file__).parents[2] / "docs" / "manifest.schema.json").read_bytes())
+    jsonschema.validate(json.loads((pulled[1][0] / "manifest.json").read_bytes()), published)
+
+
+def test_large_backgrounds_of_the_users_own_keep_every_pixel_outside_the_guide(made: Made, large: Path) -> None:
+    manifest = Pulled(made.on_large).manifest
+    assert {(pair.image.width, pair.image.height) for pair in manifest.pairs} == {(3024, 2016)}
+    assert outside_guide.main(Pulled(made.on_large), large) == 0
+
+
+def test_plain_diffusers_paints_with_a_fine_tuned_model(made: Made) -> None:
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(made.model, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    mask = np.zeros((128, 128), np.uint8)
+    mask[40:90, 40:90] = 255
+    picture, hole = Image.fromarray(np.full((128, 128, 3), 150, np.uint8)), Image.fromarray(mask)
+    painted = pipeline(
+        "An image of hta", picture, hole, height=128, width=128, num_inference_steps=3, guidance_scale=1.0
+    ).images[0]
+    assert np.std(np.asarray(painted)[45:85, 45:85]) > 1
 
 
 def test_pictures_show_something(pulled: dict[int, tuple[Path, Manifest]]) -> None:
