@@ -17,10 +17,12 @@ from meddiff_services.pictures import Mask, Pixels, decode_mask, decode_png
 
 @dataclass(frozen=True)
 class Case:
-    """A real image (H, W, C) and its mask (H, W), all false where it shows no lesion."""
+    """A real image (H, W, C) and its mask (H, W), all false where it shows no lesion; ``patient`` where the layout
+    tells."""
 
     image: Pixels
     mask: Mask
+    patient: str | None = None
 
 
 def cases_by_digest(folder: Path) -> dict[str, Case]:
@@ -31,7 +33,7 @@ def cases_by_digest(folder: Path) -> dict[str, Case]:
         image = decode_image(source[raw.image]).pixels
         masks = [decode_foreign_mask(source[name]) for name in raw.masks]
         mask = merge(masks) if masks else np.zeros(image.shape[:2], np.bool_)
-        cases[sha256_hex(encode_png(image))] = Case(image, mask)
+        cases[sha256_hex(encode_png(image))] = Case(image, mask, raw.patient)
     return cases
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from meddiff.science.evaluation import comparison, figures, segmenters, training
+from meddiff.science.evaluation import comparison, figures, segmenters, splits, training
 from meddiff.science.geometry import Image, Mask
 
 
@@ -121,10 +121,16 @@ def test_the_loss_is_least_where_the_mask_is_and_flat_nowhere_else() -> None:
 LEARNED = training.Pairs.of([disc(n) for n in range(8)], 64)
 
 
+def trained(schedule: training.Schedule, synthetic: training.Pairs | None = None) -> torch.nn.Module:
+    *_, (steps, network) = training.fit(segmenters.build("unet", 1), LEARNED, synthetic, schedule, seed=5)
+    assert steps == schedule.steps
+    return network
+
+
 def test_the_same_seed_gives_the_same_weights() -> None:
     synthetic = training.Pairs.of([disc(n) for n in range(8, 12)], 64)
     schedule = training.Schedule(steps=4, batch_size=4)
-    one, two = (training.fit(segmenters.build("unet", 1), LEARNED, synthetic, schedule, seed=5) for _ in range(2))
+    one, two = (trained(schedule, synthetic) for _ in range(2))
     for ours, theirs in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -132,6 +138,37 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 def test_a_segmenter_learns_discs() -> None:
     torch.set_num_threads(1)
     schedule = training.Schedule(steps=100, batch_size=4, learning_rate=3e-3, ema_decay=0.9)
-    network = training.fit(segmenters.build("unet", 1), LEARNED, None, schedule, seed=5)
+    network = trained(schedule)
     for image, mask in map(disc, (50, 51)):
         assert figures.figures(training.predict(network, image, 64), mask).dice > 0.8
+
+
+# ----------------------------------------------------------------------------------------------------------- splits
+
+
+def test_a_group_is_a_patient_or_the_same_picture_and_whoever_shares_either() -> None:
+    vectors = np.eye(5, dtype=np.float32)
+    vectors[3] = vectors[1]
+    assert splits.groups(["a", "a", None, None, None], vectors) == [0, 0, 1, 0, 2]
+
+
+def test_a_draw_keeps_groups_apart_and_trains_on_one_case_of_each() -> None:
+    group_of = [n // 2 for n in range(40)]
+    drawn = splits.draw(group_of, train=6, extra=4, test=7, seed=1)
+    of = [{group_of[i] for i in part} for part in (drawn.train, drawn.extra, drawn.test)]
+    assert [len(part) for part in (drawn.train, drawn.extra, drawn.test)] == [6, 4, 7]
+    assert [len(groups) for groups in of[:2]] == [6, 4]
+    assert not (of[0] & of[1] or of[0] & of[2] or of[1] & of[2])
+    assert splits.draw(group_of, 6, 4, 7, seed=1) == drawn != splits.draw(group_of, 6, 4, 7, seed=2)
+    with pytest.raises(ValueError, match="20 groups"):
+        splits.draw(group_of, 16, 4, 7, seed=1)
+
+
+def test_folds_hold_every_case_once_and_no_group_twice() -> None:
+    group_of = [n // 3 for n in range(30)]
+    parts = splits.folds(group_of, 4, seed=0)
+    assert sorted(i for part in parts for i in part) == list(range(30))
+    for part in parts:
+        assert all({i for i, g in enumerate(group_of) if g == group_of[member]} <= set(part) for member in part)
+    with pytest.raises(ValueError, match="cannot be cut"):
+        splits.folds([0, 0, 1], 3, seed=0)

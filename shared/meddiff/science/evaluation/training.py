@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,10 +40,12 @@ def _fitted(image: Image, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """``steps`` of ``batch_size`` real pairs each, with as many synthetic ones beside them where there are any;
-    AdamW under a cosine from ``learning_rate`` to 0; the weights are an exponential moving average."""
+    """Steps of ``batch_size`` real pairs each, with as many synthetic ones beside them where there are any; AdamW at a
+    constant ``learning_rate`` after a warm-up; the weights are an exponential moving average, looked at every ``every``
+    steps, so a training of N steps is the beginning of a longer one."""
 
     steps: int = 400
+    every: int = 50
     batch_size: int = 8
     learning_rate: float = 1e-3
     weight_decay: float = 1e-3
@@ -57,8 +59,9 @@ def fit(
     schedule: Schedule,
     seed: int,
     should_stop: Callable[[], bool] = lambda: False,
-) -> nn.Module:
-    """The network with averaged weights, after joint training (real and synthetic in every batch).
+) -> Iterator[tuple[int, nn.Module]]:
+    """Joint training (real and synthetic in every batch): steps done and the network with averaged weights, the same
+    object each time, to be used before the next is asked for.
 
     Step s draws pairs and augmentation from its own seed; the real ones it draws do not depend on the synthetic ones.
     """
@@ -67,9 +70,8 @@ def fit(
     network.train()
     for step in range(schedule.steps):
         if should_stop():
-            break
-        share = min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + np.cos(np.pi * step / schedule.steps))
-        optimiser.param_groups[0]["lr"] = schedule.learning_rate * share
+            return
+        optimiser.param_groups[0]["lr"] = schedule.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS)
         parts = [_drawn(real, schedule.batch_size, derive(seed, "real", step))]
         if synthetic is not None:
             parts.append(_drawn(synthetic, schedule.batch_size, derive(seed, "synthetic", step)))
@@ -79,7 +81,8 @@ def fit(
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         averaged.update_parameters(network)
-    return averaged.module.eval()
+        if (step + 1) % schedule.every == 0 or step + 1 == schedule.steps:
+            yield step + 1, averaged.module.eval()
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:

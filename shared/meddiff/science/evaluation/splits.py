@@ -1,0 +1,56 @@
+"""Which cases train and which test: whole groups on one side; a group is a patient, or a set of near-duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+
+from meddiff.seeds import derive
+
+NEAR_DUPLICATE = 0.97
+"""Cosine similarity of whole-image embeddings from which two images count as one."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Indices of cases: those that train, further real ones for the oracle, and those that test."""
+
+    train: tuple[int, ...]
+    extra: tuple[int, ...]
+    test: tuple[int, ...]
+
+
+def groups(patients: Sequence[str | None], embeddings: NDArray[np.float32]) -> list[int]:
+    """A number for each case's group: cases of one patient, or with nearly the same picture, are in one, and so is who
+    is in a group with either. ``embeddings``: unit vectors (n, d) of the whole images."""
+    alike = embeddings @ embeddings.T >= NEAR_DUPLICATE
+    names = np.array([patient if patient is not None else f"\0{n}" for n, patient in enumerate(patients)])
+    _, found = connected_components(csr_array(alike | (names[:, None] == names[None, :])), directed=False)
+    return [int(group) for group in found]
+
+
+def draw(group_of: Sequence[int], train: int, extra: int, test: int, seed: int) -> Draw:
+    """``train`` cases of as many groups, ``extra`` of further groups, and at most ``test`` cases of the groups that are
+    left. Raises ``ValueError`` where there are too few groups."""
+    numbers = sorted(set(group_of), key=lambda group: derive(seed, "group", group))
+    if len(numbers) <= train + extra:
+        raise ValueError(f"{len(numbers)} groups of cases; {train + extra} are to train and at least one to test")
+    members = {group: [i for i, own in enumerate(group_of) if own == group] for group in numbers}
+    first = [members[group][derive(seed, "member", group) % len(members[group])] for group in numbers]
+    rest = [i for group in numbers[train + extra :] for i in members[group]]
+    return Draw(tuple(first[:train]), tuple(first[train : train + extra]), tuple(rest[:test]))
+
+
+def folds(group_of: Sequence[int], count: int, seed: int) -> list[tuple[int, ...]]:
+    """The cases in ``count`` parts of about the same size, whole groups in each. Raises ``ValueError`` where there are
+    fewer groups than parts."""
+    numbers = sorted(set(group_of), key=lambda group: derive(seed, "group", group))
+    if len(numbers) < count:
+        raise ValueError(f"{len(numbers)} groups of cases cannot be cut into {count} parts")
+    part_of = {group: place % count for place, group in enumerate(numbers)}
+    return [tuple(i for i, group in enumerate(group_of) if part_of[group] == part) for part in range(count)]
