@@ -28,11 +28,13 @@ TIMESTEPS = (100, 300, 500, 700, 900)
 
 
 def split(dataset: Path, pairs: int) -> tuple[list[Case], list[Case]]:
-    """Cases to learn from and cases to compare on, drawn with a fixed seed."""
+    """Cases to learn from and cases of other patients to compare on, drawn with a fixed seed."""
     cases = [case for case in cases_by_digest(dataset).values() if case.mask.any()]
     order = np.random.default_rng(0).permutation(len(cases))
     chosen = [cases[i] for i in order]
-    return chosen[:pairs], chosen[pairs : pairs + UNSEEN]
+    learned = chosen[:pairs]
+    known = {case.patient for case in learned} - {None}
+    return learned, [case for case in chosen[pairs:] if case.patient not in known][:UNSEEN]
 
 
 def cached(f: Foundation, cases: list[Case], recipe: Recipe) -> dict[str, Tensor]:

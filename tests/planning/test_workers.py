@@ -16,7 +16,7 @@ import psutil
 import pytest
 from jobspecs import finetune, generate, imported, scored, small
 from meddiff.contracts.jobs import End, FinetuneSpec, Spec
-from meddiff.contracts.tasks import QUEUE_OF, Marker, Task
+from meddiff.contracts.tasks import QUEUE_OF, Marker, Task, TaskFault
 from meddiff.planning.dispatch import active_jobs, sweep
 from meddiff.planning.jobs import cancel, read_job
 from meddiff.planning.leases import Leases, Snapshot
@@ -50,7 +50,9 @@ class Cluster:
         self._send = Sender(celery_app(settings))
         self.workers: list[subprocess.Popen[bytes]] = []
 
-    def start_worker(self, *queues: str, stages: str = "trivial_stages") -> subprocess.Popen[bytes]:
+    def start_worker(
+        self, *queues: str, stages: str = "trivial_stages", task_seconds: int = 600
+    ) -> subprocess.Popen[bytes]:
         here = Path(__file__).parent
         s = self._settings
         environment = os.environ | {
@@ -62,6 +64,7 @@ class Cluster:
             "MEDDIFF_S3_BUCKET": s.s3_bucket,
             "MEDDIFF_SCRATCH": str(s.scratch),
             "MEDDIFF_LEASE_SECONDS": str(s.lease_seconds),
+            "MEDDIFF_TASK_SECONDS": str(task_seconds),
         }
         with (self._folder / f"worker{len(self.workers)}.log").open("wb") as out:
             worker = subprocess.Popen(
@@ -226,6 +229,13 @@ def test_a_task_that_always_kills_its_process_ends_its_job(cluster: Cluster) -> 
     end = cluster.until(lambda: cluster.end_of(keys), 60)
     assert end.problem.type.endswith("task-failed")
     assert "want of memory" in end.problem.detail
+
+
+def test_a_task_that_hangs_is_ended_and_that_is_not_forgotten(cluster: Cluster) -> None:
+    cluster.start_worker(task_seconds=1)
+    keys = cluster.submit(_with_metadata(finetune(job_id=JOBS[0]), hangs="inpainter"))
+    fault = cluster.until(lambda: next(iter(cluster.store.list(keys.faults("inpainter", 0))), None), 30)
+    assert "ended from outside" in cluster.store.get_json(fault, TaskFault).error
 
 
 def test_a_worker_that_cannot_import_its_stages_never_counts_and_leaves(cluster: Cluster) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,12 +24,14 @@ def _import(work: Work) -> Outcome:
 
 
 def _train(work: Work) -> Outcome:
-    """A few steps that look at ``should_stop``; a metadata field makes a stage endless, poisonous or deadly."""
+    """A few steps that look at ``should_stop``; a metadata field makes a stage endless, poisonous, deadly or deaf."""
     metadata = work.spec.request.metadata
     if metadata.get("fault") == work.stage:
         raise KeyError("a word of the user's data")
     if metadata.get("killed") == work.stage:
         os.kill(os.getpid(), signal.SIGKILL)
+    if metadata.get("hangs") == work.stage:
+        threading.Event().wait()
     steps = 10**6 if metadata.get("endless") == work.stage else 5
     for step in range(steps):
         time.sleep(STEP_SECONDS)
