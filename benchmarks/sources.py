@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from meddiff.contracts.base import sha256_hex
+from meddiff.contracts.dataset import Role
 from meddiff.contracts.manifest import Manifest, Pair
 from meddiff.importing.pixels import decode_image, encode_png, merge
 from meddiff.importing.pixels import decode_mask as decode_foreign_mask
@@ -17,11 +18,12 @@ from meddiff_services.pictures import Mask, Pixels, decode_mask, decode_png
 
 @dataclass(frozen=True)
 class Case:
-    """A real image (H, W, C) and its mask (H, W), all false where it shows no lesion; ``patient`` where the layout
-    tells."""
+    """A real image (H, W, C) and its mask (H, W), all false where there is none; its role in the dataset, and the
+    patient where the layout tells."""
 
     image: Pixels
     mask: Mask
+    role: Role
     patient: str | None = None
 
 
@@ -33,7 +35,7 @@ def cases_by_digest(folder: Path) -> dict[str, Case]:
         image = decode_image(source[raw.image]).pixels
         masks = [decode_foreign_mask(source[name]) for name in raw.masks]
         mask = merge(masks) if masks else np.zeros(image.shape[:2], np.bool_)
-        cases[sha256_hex(encode_png(image))] = Case(image, mask, raw.patient)
+        cases[sha256_hex(encode_png(image))] = Case(image, mask, raw.role, raw.patient)
     return cases
 
 

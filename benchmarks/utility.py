@@ -32,8 +32,10 @@ from benchmarks.sources import Case, cases_by_digest
 
 SIZE = 128
 TESTED = 100
+LEAST_TESTED = 20
 INNER_FOLDS = 3
 ARMS = ("real", "synthetic", "copy-paste", "oracle")
+COMPARED = ("dataset", "segmenter", "pairs", "synthetic")
 SCHEDULE = training.Schedule()
 
 Pair = tuple[Pixels, Mask]
@@ -45,6 +47,8 @@ class Row:
 
     dataset: str
     segmenter: str
+    pairs: int
+    synthetic: int
     draw: int
     arm: str
     seed: int
@@ -91,7 +95,7 @@ def load(folder: Path) -> Development:
     group_of = splits.groups([case.patient for case in lesions.values()], vectors)
     first = {group: digest for digest, group in reversed(list(zip(lesions, group_of, strict=True)))}
     kept = [(d, g) for d, g in zip(lesions, group_of, strict=True) if is_development(first[g])]
-    healthy = [case.image for case in found.values() if not case.mask.any()]
+    healthy = [case.image for case in found.values() if case.role == "background"]
     return Development(folder.name, {d: lesions[d] for d, _ in kept}, [g for _, g in kept], healthy)
 
 
@@ -157,13 +161,16 @@ def dice(network: torch.nn.Module, image: Pixels, mask: Mask) -> float:
 def rows(data: Development, plan: Plan, done: set[tuple[int, str, int]]) -> Iterator[list[Row]]:
     """The rows of each training that is not ``done``: (draw, arm, seed)."""
     digests = list(data.cases)
-    extra = min(plan.pairs, len(set(data.group_of)) - plan.pairs - 10)
+    extra = max(0, min(plan.pairs, len(set(data.group_of)) - plan.pairs - LEAST_TESTED))
+    planned = [arm for arm in ARMS if arm != "oracle" or extra]
     for number in range(plan.draws):
-        left = {(arm, seed) for arm in ARMS for seed in range(plan.seeds)} - {(a, s) for d, a, s in done if d == number}
+        left = {(arm, seed) for arm in planned for seed in range(plan.seeds)} - {
+            (a, s) for d, a, s in done if d == number
+        }
         if not left:
             continue
         draw = splits.draw(data.group_of, plan.pairs, extra, TESTED, derive(data.name, "draw", number))
-        wanted = [arm for arm in ARMS if any(arm == a for a, _ in left)]
+        wanted = [arm for arm in planned if any(arm == a for a, _ in left)]
         for name, arm in arms(data, plan, draw, derive(data.name, "generator", number), wanted):
             torch.set_num_threads(2)
             steps = chosen_steps(arm, plan.segmenter, derive(data.name, "inner", number))
@@ -173,19 +180,8 @@ def rows(data: Development, plan: Plan, done: set[tuple[int, str, int]]) -> Iter
             for seed in sorted(s for a, s in left if a == name):
                 network = segmenters.build(plan.segmenter, derive("segmenter", number, seed))
                 ((_, trained),) = training.fit(network, real, synthetic, schedule, derive("segmenter", number, seed))
-                yield [
-                    Row(
-                        data.name,
-                        plan.segmenter,
-                        number,
-                        name,
-                        seed,
-                        steps,
-                        digests[i],
-                        **asdict(_judged(trained, data, i)),
-                    )
-                    for i in draw.test
-                ]
+                run = (data.name, plan.segmenter, plan.pairs, plan.synthetic, number, name, seed, steps)
+                yield [Row(*run, digests[i], **asdict(_judged(trained, data, i))) for i in draw.test]
 
 
 def _judged(network: torch.nn.Module, data: Development, index: int) -> figures.Figures:
@@ -197,11 +193,11 @@ def _judged(network: torch.nn.Module, data: Development, index: int) -> figures.
 
 
 def read(path: Path) -> list[Row]:
-    """The rows written so far; a line that was cut off is left out."""
-    found = []
+    """The rows written so far. A line holds a training's, whole; one that was cut off is left out."""
+    found: list[Row] = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            found.append(Row(**json.loads(line)))
+            found += [Row(**row) for row in json.loads(line)]
         except ValueError:
             continue
     return found
@@ -210,33 +206,30 @@ def read(path: Path) -> list[Row]:
 def report(found: Sequence[Row]) -> str:
     """A table in Markdown: mean Dice of each arm and its gain over real only, with the 95 % interval."""
     lines = [
-        "| dataset | segmenter | arm | runs | steps | Dice | gain | 95 % interval | p, Holm |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| dataset | segmenter | real | synthetic | arm | runs | steps | Dice | gain | 95 % interval | p, Holm |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    gains: dict[tuple[str, str, str], comparison.Gain] = {}
-    for (dataset, segmenter), group in _by(found, "dataset", "segmenter").items():
+    gains: dict[tuple[str, ...], comparison.Gain] = {}
+    for key, group in _by(found, *COMPARED).items():
         for arm in ARMS[1:]:
             if differences := _differences(group, arm):
-                gains[dataset, segmenter, arm] = comparison.gain(differences)
+                gains[*key, arm] = comparison.gain(differences)
     adjusted = comparison.holm({"/".join(key): g.p for key, g in gains.items()})
-    for (dataset, segmenter, arm), group in sorted(_by(found, "dataset", "segmenter", "arm").items()):
+    for key, group in sorted(_by(found, *COMPARED, "arm").items()):
         runs = {(row.draw, row.seed) for row in group}
         steps = sorted({row.steps for row in group})
-        line = f"| {dataset} | {segmenter} | {arm} | {len(runs)} | {steps[0]} to {steps[-1]} | "
-        line += f"{100 * np.mean([row.dice for row in group]):.1f} |"
-        if (g := gains.get((dataset, segmenter, arm))) is not None:
-            holm = adjusted[f"{dataset}/{segmenter}/{arm}"]
-            line += f" {100 * g.mean:+.1f} | {100 * g.low:+.1f} to {100 * g.high:+.1f} | {holm:.3f} |"
-        else:
-            line += " | | |"
-        lines.append(line)
+        cells = [*key, str(len(runs)), f"{steps[0]} to {steps[-1]}", f"{100 * np.mean([r.dice for r in group]):.1f}"]
+        if (g := gains.get(key)) is not None:
+            between = f"{100 * g.low:+.1f} to {100 * g.high:+.1f}"
+            cells += [f"{100 * g.mean:+.1f}", between, f"{adjusted['/'.join(key)]:.3f}"]
+        lines.append("| " + " | ".join([*cells, *[""] * (11 - len(cells))]) + " |")
     return "\n".join(lines)
 
 
 def _by(found: Sequence[Row], *names: str) -> Mapping[tuple[str, ...], list[Row]]:
     grouped: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in found:
-        grouped[tuple(getattr(row, name) for name in names)].append(row)
+        grouped[tuple(str(getattr(row, name)) for name in names)].append(row)
     return grouped
 
 
@@ -275,10 +268,11 @@ def main() -> None:
     begun = time.monotonic()
     for name in arguments.dataset:
         data = load(arguments.data / name)
-        there = [r for r in read(arguments.rows) if r.dataset == name and r.segmenter == plan.segmenter]
+        same = (name, plan.segmenter, plan.pairs, plan.synthetic)
+        there = [r for r in read(arguments.rows) if (r.dataset, r.segmenter, r.pairs, r.synthetic) == same]
         for new in rows(data, plan, {(r.draw, r.arm, r.seed) for r in there}):
             with arguments.rows.open("a") as file:
-                file.writelines(json.dumps(asdict(row)) + "\n" for row in new)
+                file.write("\n" + json.dumps([asdict(row) for row in new]))
             mean, minutes = 100 * np.mean([row.dice for row in new]), (time.monotonic() - begun) / 60
             run = f"{name} draw {new[0].draw} {new[0].arm} seed {new[0].seed}"
             print(f"{run}: {new[0].steps} steps, Dice {mean:.1f} ({minutes:.1f} min)", flush=True)

@@ -30,7 +30,7 @@ def device(settings: Settings) -> torch.device:
     """The device tasks run on: the setting, or the first GPU where there is one. On a GPU the same task gives the same
     bytes as far as its kernels allow."""
     chosen = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.device(chosen)
+    where = torch.device("cuda:0" if chosen == "cuda" else chosen)
     if where.type == "cuda":
         torch.cuda.set_device(where)
         torch.backends.cudnn.benchmark = False
@@ -94,9 +94,9 @@ def resolve(source: str, settings: Settings, store: ObjectStore, last: str) -> s
 
 def load_foundation(choice: FoundationChoice, settings: Settings, store: ObjectStore) -> Foundation:
     """The recipe's foundation, fresh: training may change it."""
-    source = resolve(choice.source, settings, store, "model_index.json")
+    source, where = resolve(choice.source, settings, store, "model_index.json"), device(settings)
     try:
-        return foundations.load(source, DTYPES[choice.dtype], device(settings))
+        return foundations.load(source, DTYPES[choice.dtype], where)
     except (OSError, ValueError) as error:
         raise ProblemError("source-unreachable", f"the foundation {choice.source} cannot be loaded") from error
 
@@ -119,9 +119,8 @@ def _encoder(kind: str, source: str, where: torch.device) -> encoders.Encoder:
 
 def load_encoder(quality: Quality, settings: Settings, store: ObjectStore) -> encoders.Encoder:
     """The recipe's encoder, kept for the next task."""
+    source, where = resolve(quality.encoder_source, settings, store, "config.json"), device(settings)
     try:
-        return _encoder(
-            quality.encoder, resolve(quality.encoder_source, settings, store, "config.json"), device(settings)
-        )
+        return _encoder(quality.encoder, source, where)
     except (OSError, ValueError) as error:
         raise ProblemError("source-unreachable", f"the encoder {quality.encoder_source} cannot be loaded") from error

@@ -245,10 +245,12 @@ class Worker:
                 self.store.delete([started])
                 self._put_fault(task, KILLED)
                 return "fault"
-            self.store.put(started, b"")
-            result = self._attempt(task, spec, lease)
-            self.store.delete([started])
-            return result
+            self.store.put(started, token.encode())
+            try:
+                return self._attempt(task, spec, lease)
+            finally:
+                if not lease.lost:  # Else the record is another's by now.
+                    self.store.delete([started])
 
     def _attempt(self, task: Task, spec: Spec, lease: _Lease) -> Result:
         work = Work(task, spec, self.store, self.leases, self.settings, lease)

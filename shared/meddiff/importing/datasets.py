@@ -128,9 +128,10 @@ def select_cases(dataset: Dataset, max_pairs: int | None, seed: int) -> tuple[Ca
 
     Raises ``ProblemError`` ``invalid-dataset`` where the dataset has fewer than two pairs.
     """
-    if len(dataset.pairs) < MIN_PAIRS:
-        raise ProblemError("invalid-dataset", f"{len(dataset.pairs)} pairs; fine-tuning needs {MIN_PAIRS}")
-    drawn = sorted(first_of_each_picture(dataset).values(), key=lambda case: derive(seed, "pairs", case.id))
+    different = first_of_each_picture(dataset)
+    if len(different) < MIN_PAIRS:
+        raise ProblemError("invalid-dataset", f"{len(different)} different pairs; fine-tuning needs {MIN_PAIRS}")
+    drawn = sorted(different.values(), key=lambda case: derive(seed, "pairs", case.id))
     turn: dict[str, int] = defaultdict(int)
     turns: list[int] = []
     for case in drawn:

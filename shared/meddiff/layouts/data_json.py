@@ -29,7 +29,8 @@ def read(files: Files) -> Listing | None:
     if not listings:
         return None
     name = listings[0]
-    if len(rivals := [path for path in listings if path.count("/") == name.count("/")]) > 1:
+    rivals = [path for path in listings if path.count("/") == name.count("/") and _has_pairs(files, path)]
+    if len(rivals) > 1:
         return Listing(
             (), tuple(Fault(pointer=path, detail="one of several; name the folder of one") for path in rivals)
         )
@@ -66,6 +67,13 @@ def read(files: Files) -> Listing | None:
     notes = (f"{len(prompts)} different prompts; the most frequent is used",) if len(prompts) > 1 else ()
     prompt = min(prompts, key=lambda p: (-prompts[p], p)) if prompts else None
     return Listing(tuple(cases), tuple(faults), notes, prompt)
+
+
+def _has_pairs(files: Files, path: str) -> bool:
+    try:
+        return b'"image"' in files[path]
+    except OSError:
+        return False
 
 
 def _rows(content: bytes) -> Iterator[tuple[str, dict[str, Any] | str]]:

@@ -167,10 +167,10 @@ def _generated(spec: GenerateSpec, tally: Tally) -> Ending:
 def _poison(due: Iterable[Task], observed: Observed) -> Problem | None:
     """Why a due task will not be tried again. What failed and is done since, or is needed no longer, is forgiven."""
     for task in due:
-        errors = observed.faults.get((task.stage, task.shard))
-        if errors:
-            error, times = Counter(errors).most_common(1)[0]
-            if (times >= SAME_FAULTS and error != KILLED) or len(errors) >= ANY_FAULTS:
-                detail = f"Shard {task.shard} of stage {task.stage} failed {len(errors)} times, {times} with {error}."
-                return problem("task-failed", detail)
+        errors = observed.faults.get((task.stage, task.shard), ())
+        raised = [error for error in errors if error != KILLED]
+        error, times = Counter(raised or errors or ("",)).most_common(1)[0]
+        if (raised and times >= SAME_FAULTS) or len(errors) >= ANY_FAULTS:
+            detail = f"Shard {task.shard} of stage {task.stage} failed {len(errors)} times, {times} with {error}."
+            return problem("task-failed", detail)
     return None

@@ -38,7 +38,7 @@ def draw(group_of: Sequence[int], train: int, extra: int, test: int, seed: int) 
     """``train`` cases of as many groups, ``extra`` of further groups, and at most ``test`` cases of the groups that are
     left. Raises ``ValueError`` where there are too few groups."""
     numbers = sorted(set(group_of), key=lambda group: derive(seed, "group", group))
-    if len(numbers) <= train + extra:
+    if min(train, extra) < 0 or len(numbers) <= train + extra:
         raise ValueError(f"{len(numbers)} groups of cases; {train + extra} are to train and at least one to test")
     members = {group: [i for i, own in enumerate(group_of) if own == group] for group in numbers}
     first = [members[group][derive(seed, "member", group) % len(members[group])] for group in numbers]
