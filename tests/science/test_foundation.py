@@ -28,7 +28,7 @@ def test_it_is_small_and_of_the_classes_of_stable_diffusion(built_in: foundation
     assert isinstance(built_in.text_encoder, CLIPTextModel)
     assert isinstance(built_in.tokenizer, CLIPTokenizer)
     assert (built_in.unet.config.in_channels, built_in.unet.config.out_channels) == (9, 4)
-    assert foundation.vae_factor(built_in) == 4
+    assert foundation.vae_factor(built_in) == 2
 
 
 def test_every_prompt_has_tokens(built_in: foundation.Foundation) -> None:
