@@ -232,9 +232,9 @@ def test_a_task_that_always_kills_its_process_ends_its_job(cluster: Cluster) -> 
 
 
 def test_a_task_that_hangs_is_ended_and_that_is_not_forgotten(cluster: Cluster) -> None:
-    cluster.start_worker(task_seconds=1)
+    cluster.start_worker(task_seconds=6)
     keys = cluster.submit(_with_metadata(finetune(job_id=JOBS[0]), hangs="inpainter"))
-    fault = cluster.until(lambda: next(iter(cluster.store.list(keys.faults("inpainter", 0))), None), 30)
+    fault = cluster.until(lambda: next(iter(cluster.store.list(keys.faults("inpainter", 0))), None), 90)
     assert "ended from outside" in cluster.store.get_json(fault, TaskFault).error
 
 
