@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from meddiff.client import Client, ServiceError
 from meddiff.contracts.base import Contract
@@ -165,12 +165,12 @@ def jobs(
     if as_json:
         _print_json(found)
         return
-    table = Table("id", "kind", "status", "stage", "progress", "created", box=None)
+    table = Table(Column("id", no_wrap=True), "kind", "status", "stage", "progress", "created", box=None)
     for one in found:
         progress = f"{one.progress.done}/{one.progress.total} {one.progress.unit}" if one.progress else ""
-        created = one.created_at.isoformat(" ", "seconds")
+        created = f"{one.created_at:%m-%d %H:%M} UTC"
         table.add_row(one.id, one.kind, one.status, "" if one.status in ENDED else one.stage or "", progress, created)
-    out.print(table)
+    _print_table(table)
 
 
 @app.command()
@@ -234,11 +234,11 @@ def models(
     if as_json:
         _print_json(found)
         return
-    table = Table("id", "name", "recipe", "cases", "created", box=None)
+    table = Table(Column("id", no_wrap=True), "name", "recipe", "cases", "created", box=None)
     for card in found:
-        created = card.created_at.isoformat(" ", "seconds")
+        created = f"{card.created_at:%m-%d %H:%M} UTC"
         table.add_row(card.id, card.name or "", card.recipe.name, str(len(card.cases)), created)
-    out.print(table)
+    _print_table(table)
 
 
 @app.command()
@@ -340,6 +340,11 @@ def _print_json(answer: Contract | list[Job] | tuple[Contract, ...]) -> None:
         answer.model_dump(mode="json") if isinstance(answer, Contract) else [a.model_dump(mode="json") for a in answer]
     )
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _print_table(table: Table) -> None:
+    """A line a row, however narrow the terminal: ids are there to be copied."""
+    Console(width=max(out.width, 120)).print(table)
 
 
 def _print_job(job: Job, *, as_json: bool) -> None:

@@ -31,8 +31,8 @@ def run(dataset: Path | None, count: int, folder: Path, console: Console) -> boo
     """Fine-tunes on at most 30 pairs of ``dataset`` (of phantoms where that is ``None``) and makes ``count``
     synthetic pairs; leaves ``preview.png``, ``manifest.json``, ``pairs/`` and ``contact_sheet.png`` in ``folder``.
 
-    The stack, in ``folder/stack``, is taken down however it ends. Returns whether all went well; where not, the reason
-    and the end of each log have been printed.
+    The stack, in ``folder/stack``, is taken down however it ends, and of it the logs remain. Returns whether all went
+    well; where not, the reason and the end of each log have been printed.
     """
     _clear(folder)
     steps: list[tuple[str, float]] = []
@@ -49,6 +49,8 @@ def run(dataset: Path | None, count: int, folder: Path, console: Console) -> boo
         finally:
             with _uninterruptible(), _timed(steps, "stack down", console):
                 stack.down(folder / "stack")
+                for name in ("data", "scratch", "redis"):
+                    shutil.rmtree(folder / "stack" / name, ignore_errors=True)
             console.print(_time_table(steps))
 
 

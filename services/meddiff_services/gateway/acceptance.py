@@ -27,6 +27,8 @@ CHANGEABLE = frozenset({"inpainting", "quality", "erosion", "work"})
 CALIBRATED = frozenset(Quality.model_fields) - {"max_shape_iou"}
 """Of ``quality``, what the model was calibrated with."""
 
+NO_MODEL = "there is no model of that id or name; one that is being fine-tuned is there once its job has succeeded"
+
 R = TypeVar("R", FinetuneRequest, GenerateRequest)
 
 
@@ -90,7 +92,7 @@ def generate_spec(here: Backends, request: GenerateRequest, job_id: JobId) -> Ge
         *_recipe_faults(card.recipe if card is not None else CPU, request.recipe),
     ]
     if card is None:
-        faults.insert(0, Fault(pointer="/model", detail="there is no model of that id or name"))
+        faults.insert(0, Fault(pointer="/model", detail=NO_MODEL))
     _raise_if_any(faults)
     assert card is not None
     return GenerateSpec(
