@@ -28,6 +28,7 @@ from meddiff_services.pictures import Pixels, sheet
 from meddiff_services.worker import Outcome, Stopped, Work
 
 KEPT_CHECKPOINTS = 2
+LATELY = 20  # Steps whose median time says how fast training is.
 
 
 def cache(work: Work) -> Outcome:
@@ -38,13 +39,16 @@ def cache(work: Work) -> Outcome:
     dataset = load_dataset(work.store, work.tenant, dataset_id)
     backgrounds = [load(work, dataset_id, case).image for case in dataset.backgrounds]
     recipe = finetuning_recipe(work)
+    begun = time.monotonic()
     tensors = finetune.build_cache(
         load_foundation(recipe.foundation, work.settings, work.store),
         [(p.image, p.mask) for p in pairs],
         backgrounds,
         recipe,
         derive(work.spec.request.split_seed, "cache"),
-        lambda done, total: work.progress(done, total, "examples"),
+        lambda done, total: work.progress(
+            done, total, "examples", seconds=(time.monotonic() - begun) / done * total / len(pairs)
+        ),
     )
     path = _cache_file(work)
     _save(tensors, path)
@@ -79,9 +83,8 @@ def _segment(work: Work, part: Stage, steps: int, segment_steps: int, train: Tra
 
     def on_step(entry: StepLog) -> None:
         log.append(entry)
-        work.progress(
-            entry.step, steps, "steps", loss=entry.loss, learning_rate=entry.learning_rate, seconds=entry.seconds
-        )
+        lately = float(np.median([one.seconds for one in log[-LATELY:]]))
+        work.progress(entry.step, steps, "steps", loss=entry.loss, learning_rate=entry.learning_rate, seconds=lately)
 
     state = train(_load_checkpoint(work, part, start) if start else None, stop, on_step)
     if state.step != stop:
