@@ -247,10 +247,18 @@ class Worker:
                 return "fault"
             self.store.put(started, token.encode())
             try:
-                return self._attempt(task, spec, lease)
-            finally:
-                if not lease.lost:  # Else the record is another's by now.
-                    self.store.delete([started])
+                result = self._attempt(task, spec, lease)
+            except (
+                Exception
+            ):  # An outage, that is. What the time limit ends leaves by SystemExit, and its record stays.
+                self._forget(started, lease)
+                raise
+            self._forget(started, lease)
+            return result
+
+    def _forget(self, started: str, lease: _Lease) -> None:
+        if not lease.lost:  # Else the record is another's by now.
+            self.store.delete([started])
 
     def _attempt(self, task: Task, spec: Spec, lease: _Lease) -> Result:
         work = Work(task, spec, self.store, self.leases, self.settings, lease)
