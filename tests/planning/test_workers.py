@@ -227,7 +227,7 @@ def test_a_child_killed_alone_is_replaced_and_its_task_taken_up_again(cluster: C
 def test_a_task_that_always_kills_its_process_ends_its_job(cluster: Cluster) -> None:
     cluster.start_worker()
     keys = cluster.submit(_with_metadata(finetune(job_id=JOBS[0]), killed="inpainter"))
-    end = cluster.until(lambda: cluster.end_of(keys), 60)
+    end = cluster.until(lambda: cluster.end_of(keys), 150)
     assert end.problem.type.endswith("task-failed")
     assert "want of memory" in end.problem.detail
 
