@@ -222,7 +222,7 @@ class Worker:
                 advance(self.store, self.leases, self._send, task.tenant, task.job_id)
         except (StoreError, RedisError, OperationalError) as error:
             result = "unavailable"
-            log.warning("left to be sent again", error=f"{type(error).__name__}: {error}")
+            log.warning("left to be sent again", error=type(error).__name__)
         finally:
             structlog.contextvars.clear_contextvars()
         TASK_SECONDS.labels(task.stage, result).observe(time.monotonic() - started)
@@ -246,11 +246,10 @@ class Worker:
                 self._put_fault(task, KILLED)
                 return "fault"
             self.store.put(started, token.encode())
+            # Killed, a task leaves neither way; ended by its time limit it leaves by SystemExit: its record stays.
             try:
                 result = self._attempt(task, spec, lease)
-            except (
-                Exception
-            ):  # An outage, that is. What the time limit ends leaves by SystemExit, and its record stays.
+            except Exception:
                 self._forget(started, lease)
                 raise
             self._forget(started, lease)

@@ -13,7 +13,7 @@ from scipy import ndimage
 from scipy.stats import ks_2samp
 from skimage.measure import regionprops
 
-from .real_cases import real_cases
+from .real_cases import NAMES, real_cases
 
 CPU_DEVICE = torch.device("cpu")
 
@@ -202,7 +202,7 @@ def described(mask: Mask) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", ["PH2", "BUSI"])
+@pytest.mark.parametrize("name", NAMES)
 def test_shapes_of_the_cpu_recipe_are_distributed_as_thirty_real_masks(name: str) -> None:
     torch.set_num_threads(CPU.work.training_threads)
     masks = [case.mask for case in real_cases(name, 30)]

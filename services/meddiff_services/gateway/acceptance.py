@@ -133,13 +133,11 @@ def _missing_dataset(here: Backends, field: str, dataset_id: str | None) -> list
 def _recipe_faults(recipe: Recipe, changes: dict[str, Any]) -> list[Fault]:
     fixed = f"a model's recipe can be changed in {', '.join(sorted(CHANGEABLE))} only"
     faults = [Fault(pointer=f"/recipe/{part}", detail=fixed) for part in changes if part not in CHANGEABLE]
-    faults += [
-        Fault(
-            pointer=f"/recipe/quality/{field}", detail="the model was calibrated with it; fine-tune again to change it"
-        )
-        for field in sorted(CALIBRATED & set(_part(changes, "quality")))
-    ]
-    if _part(changes, "inpainting").get("background") == "repair" != recipe.inpainting.background:
+    calibrated = "the model was calibrated with it; fine-tune again to change it"
+    touched = sorted(CALIBRATED & set(_part(changes, "quality")))
+    faults += [Fault(pointer=f"/recipe/quality/{field}", detail=calibrated) for field in touched]
+    wanted, had = _part(changes, "inpainting").get("background"), recipe.inpainting.background
+    if wanted == "repair" and had != "repair":
         detail = "the model has no repaired backgrounds; fine-tune again to have them"
         faults.append(Fault(pointer="/recipe/inpainting/background", detail=detail))
     try:
