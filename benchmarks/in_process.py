@@ -37,37 +37,53 @@ class Made:
     background: int | None
 
 
-class Generator:
-    """What ``finetune`` leaves: the fine-tuned U-Net, the mask generator and the calibrated reference."""
+def fit(cases: Sequence[Case], healthy: Sequence[Pixels], recipe: Recipe, seed: int) -> dict[str, torch.Tensor]:
+    """What a fine-tune trains: averaged weights of the inpainter (``unet.…``) and of the mask generator
+    (``masks.…``)."""
+    f = foundation.load(recipe.foundation.source, torch.float32, CPU)
+    pairs = [(case.image, case.mask) for case in cases]
+    cache = finetune.build_cache(f, pairs, healthy, recipe, derive(seed, "cache"), lambda *_: None)
+    steps = recipe.finetuning.steps
+    tuned = finetune.train(
+        f, cache, recipe, derive(seed, "finetune"), "inpainter", None, steps, lambda _: None, bool
+    )  # fmt: skip
+    steps = recipe.mask_generation.steps
+    masks = [case.mask for case in cases]
+    drawn = mask_generator.train(
+        masks, recipe, derive(seed, "mask_generator"), None, steps, lambda _: None, bool, CPU
+    )  # fmt: skip
+    return {f"unet.{k}": v for k, v in tuned.ema.items()} | {f"masks.{k}": v for k, v in drawn.ema.items()}
 
-    def __init__(self, cases: Sequence[Case], healthy: Sequence[Pixels], recipe: Recipe, seed: int) -> None:
-        torch.set_num_threads(recipe.work.training_threads)
-        self.recipe, self.cases = recipe, cases
+
+class Generator:
+    """A fine-tuned model at work. ``retexture``: every shape is a real case's own mask on its own image; ``decoys``:
+    a piece of healthy tissue elsewhere is repainted too."""
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        healthy: Sequence[Pixels],
+        recipe: Recipe,
+        fitted: dict[str, torch.Tensor],
+        *,
+        retexture: bool = False,
+        decoys: bool = False,
+    ) -> None:
+        self.recipe, self.cases, self.retexture, self.decoys = recipe, cases, retexture, decoys
         self._pairs = [_loaded(n, "pair", case.image, case.mask) for n, case in enumerate(cases)]
         self._grounds = [Ground("", pair.case, False, pair.mask) for pair in self._pairs]
         self._images = {pair.case.id: pair.image for pair in self._pairs}
-        if healthy:
+        if healthy and not retexture:
             clear = [
                 _loaded(len(cases) + n, "background", i, np.zeros(i.shape[:2], bool)) for n, i in enumerate(healthy)
             ]
             self._grounds = [Ground("", one.case, False, one.mask) for one in clear]
             self._images |= {one.case.id: one.image for one in clear}
         self.foundation = foundation.load(recipe.foundation.source, torch.float32, CPU)
-        masks = [case.mask for case in cases]
-        cache = finetune.build_cache(
-            self.foundation, [(c.image, c.mask) for c in cases], healthy, recipe, derive(seed, "cache"), lambda *_: None
-        )
-        steps = recipe.finetuning.steps
-        tuned = finetune.train(
-            self.foundation, cache, recipe, derive(seed, "finetune"), "inpainter", None, steps, lambda _: None, bool
-        )
-        self.foundation.unet.load_state_dict(tuned.ema)
+        self.foundation.unet.load_state_dict(_part(fitted, "unet."))
         self.foundation.unet.eval()
-        drawn = mask_generator.train(
-            masks, recipe, derive(seed, "mask_generator"), None, recipe.mask_generation.steps, lambda _: None, bool, CPU
-        )
         self._masks = mask_generator.build(recipe.mask_generation)
-        self._masks.load_state_dict(drawn.ema)
+        self._masks.load_state_dict(_part(fitted, "masks."))
         self._masks.eval()
         settings = recipe.quality
         self._encoder = encoders.load_encoder(settings.encoder, settings.encoder_source, CPU)
@@ -82,7 +98,7 @@ class Generator:
         for first in range(0, int(self.recipe.work.attempts * count), size):
             for one in self._shard(range(first, first + size), seed):
                 signature = bytes.fromhex(signatures.of(one.shape))
-                if signatures.max_iou(signature, bytes(known)) <= self.recipe.quality.max_shape_iou:
+                if self.retexture or signatures.max_iou(signature, bytes(known)) <= self.recipe.quality.max_shape_iou:
                     known += signature
                     made.append(one)
             if len(made) >= count:
@@ -94,28 +110,74 @@ class Generator:
         """What the quality gate leaves of a shard of candidates."""
         recipe = self.recipe
         seeds = [derive(seed, "candidate", index) for index in indices]
+        canvases, origins = self._retextured(indices, seeds) if self.retexture else self._drawn(seeds)
+        images = inpainting.inpaint(self.foundation, canvases, recipe)
+        if self.decoys:
+            images = self._with_decoys(images, canvases)
+        accepted: list[Made] = []
+        for image, canvas, (donor, background) in zip(images, canvases, origins, strict=True):
+            verdict = quality.judge(self._reference, self._encoder, image, canvas.shape, recipe.quality)
+            copied = verdict.reason == "copy" and self.retexture
+            if (verdict.reason is None or copied) and canvas.start is not None:
+                label = erosion.erode(canvas.shape, recipe.erosion.share)[0]
+                accepted.append(Made(image, canvas.start, canvas.shape, label, canvas.guide, donor, background))
+        return accepted
+
+    def _drawn(self, seeds: Sequence[int]) -> tuple[list[inpainting.Canvas], list[tuple[int, int | None]]]:
         real = [case.mask for case in self.cases]
-        lows = mask_generator.sample(self._masks, recipe, [derive(one, "shape") for one in seeds], real)
+        lows = mask_generator.sample(self._masks, self.recipe, [derive(one, "shape") for one in seeds], real)
         canvases: list[inpainting.Canvas] = []
         origins: list[tuple[int, int | None]] = []
         for one, low in zip(seeds, lows, strict=True):
             ground = choose_ground(low, self._grounds, derive(one, "background"))
             shape = mask_generator.place(low, (ground.case.height, ground.case.width))
             old = ground.lesion if ground.lesion.any() else None
-            guide = geometry.guide_of(shape, recipe.inpainting.guide_margin, old)
+            guide = geometry.guide_of(shape, self.recipe.inpainting.guide_margin, old)
             donor = int(choose_donor(shape, self._pairs, derive(one, "donor")).id)
             below, case = self._images[ground.case.id], self.cases[donor]
             start = inpainting.fit_lesion(below, shape, guide, case.image, case.mask, cover=ground.lesion)
             canvases.append(inpainting.Canvas(below, shape, guide, start, derive(one, "noise")))
             origins.append((donor, int(ground.case.id) if ground.lesion.any() else None))
-        images = inpainting.inpaint(self.foundation, canvases, recipe)
-        accepted: list[Made] = []
-        for image, canvas, (donor, background) in zip(images, canvases, origins, strict=True):
-            verdict = quality.judge(self._reference, self._encoder, image, canvas.shape, recipe.quality)
-            if verdict.reason is None and canvas.start is not None:
-                label = erosion.erode(canvas.shape, recipe.erosion.share)[0]
-                accepted.append(Made(image, canvas.start, canvas.shape, label, canvas.guide, donor, background))
-        return accepted
+        return canvases, origins
+
+    def _retextured(
+        self, indices: Sequence[int], seeds: Sequence[int]
+    ) -> tuple[list[inpainting.Canvas], list[tuple[int, int | None]]]:
+        canvases: list[inpainting.Canvas] = []
+        origins: list[tuple[int, int | None]] = []
+        for index, one in zip(indices, seeds, strict=True):
+            place = index % len(self.cases)
+            case = self.cases[place]
+            guide = geometry.guide_of(case.mask, self.recipe.inpainting.guide_margin)
+            canvases.append(inpainting.Canvas(case.image, case.mask, guide, case.image, derive(one, "noise")))
+            origins.append((place, place))
+        return canvases, origins
+
+    def _with_decoys(self, images: Sequence[Pixels], canvases: Sequence[inpainting.Canvas]) -> list[Pixels]:
+        """Each image with a patch of its background, of another candidate's shape, repainted as healthy tissue."""
+        plain: list[inpainting.Canvas] = []
+        for n, (image, canvas) in enumerate(zip(images, canvases, strict=True)):
+            other = geometry.resize_mask(canvases[n - 1].shape, canvas.shape.shape)
+            patch = _beside(other, canvas.guide, canvas.seed)
+            plain.append(
+                inpainting.Canvas(image, np.zeros_like(patch), patch, image, derive(canvas.seed, "decoy"))
+            )  # fmt: skip
+        kept = [canvas for canvas in plain if canvas.guide.any()]
+        painted = iter(inpainting.inpaint(self.foundation, kept, self.recipe))
+        return [next(painted) if canvas.guide.any() else canvas.background for canvas in plain]
+
+
+def _beside(shape: Mask, taken: Mask, seed: int) -> Mask:
+    """``shape`` moved to where it overlaps least with ``taken``, what overlaps cut off; of eight places drawn."""
+    rng = np.random.default_rng(seed)
+    rows, columns = shape.shape
+    places = [np.roll(shape, (int(rng.integers(rows)), int(rng.integers(columns))), (0, 1)) for _ in range(8)]
+    best = min(places, key=lambda one: int((one & taken).sum()))
+    return np.asarray(best & ~taken)
+
+
+def _part(fitted: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in fitted.items() if name.startswith(prefix)}
 
 
 def _loaded(number: int, role: str, image: Pixels, mask: Mask) -> Loaded:

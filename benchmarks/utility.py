@@ -1,285 +1,367 @@
-"""Are synthetic pairs worth training on? Dice on unseen cases with and without them, unattended and resumable.
+"""What synthetic pairs are worth: Dice on unseen cases with and without them, unattended and resumable.
 
-    python -m benchmarks.utility --data FOLDER --dataset PH2 --dataset BUSI --hours 2 --rows out/utility.jsonl
+    python -m benchmarks.utility --data FOLDER --dataset PH2 --dataset BUSI --hours 2
 
-For each draw of thirty training cases a generator is made from them alone, and segmenters are trained on: the real
-pairs; real and synthetic; real and copy-paste (the composites that the synthetic ones were started from); and twice as
-many real ones (the oracle). How long an arm trains is chosen inside the thirty, by the same rule for each: the step of
-the best mean Dice over three inner folds. Rows are appended as they finish, and those that are there already are not
-made again; ``--report`` writes what they say. Only the development half of a dataset is used (``is_development``).
+For each draw of the training cases a generator is fitted to them alone. Segmenters are trained on the real cases, on
+more or fewer of them (the learning curve; twice as many are the oracle), and on the real cases beside each variant of
+synthetic pairs (``benchmarks/variants.py``). Where an arm stops is chosen inside the training cases, by one rule. A
+training is a line of ``--rows``, appended when it ends; what is there is not made again, so a run that was cut off goes
+on. ``--development`` uses the cases kept for tuning, without it the others are used (``is_development``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from meddiff.contracts.recipes import CPU
-from meddiff.science import encoders, geometry
-from meddiff.science.evaluation import comparison, figures, segmenters, splits, training
+from meddiff.contracts.base import Contract
+from meddiff.contracts.evaluation import REAL, Row
+from meddiff.contracts.recipes import CPU, Recipe, override
+from meddiff.science import encoders
+from meddiff.science.evaluation import splits, trials
+from meddiff.science.evaluation.trials import Material
 from meddiff.seeds import derive
 from meddiff_services.pictures import Mask, Pixels
+from safetensors.torch import load_file, save_file
 
-from benchmarks.in_process import Generator, Made
+from benchmarks.in_process import Generator, Made, fit
 from benchmarks.sources import Case, cases_by_digest
+from benchmarks.variants import VARIANTS, Variant
 
-SIZE = 128
-TESTED = 100
-LEAST_TESTED = 20
-INNER_FOLDS = 3
-ARMS = ("real", "synthetic", "copy-paste", "oracle")
-COMPARED = ("dataset", "segmenter", "pairs", "synthetic")
-SCHEDULE = training.Schedule()
+EVALUATION = CPU.evaluation
+LEAST_TESTED = 15
+TUNED_ON = frozenset({"DDTI", "ISIC-2017", "ISIC-2018"})
+"""Datasets that are large enough to give half of their cases to tuning."""
+CASE = 12  # Hex digits of a digest that name a case in the rows.
 
-Pair = tuple[Pixels, Mask]
+RECIPE = override(CPU, {"work": {"training_threads": 1, "inference_threads": 1}})
 
 
-@dataclass(frozen=True)
-class Row:
-    """The figures of one test case under one trained segmenter."""
+def is_development(dataset: str, digest: str) -> bool:
+    """Whether the case with this digest is there for tuning; the others are kept for the final figure."""
+    return dataset in TUNED_ON and derive("development", digest) % 2 == 0
 
-    dataset: str
-    segmenter: str
-    pairs: int
-    synthetic: int
-    draw: int
-    arm: str
-    seed: int
-    steps: int
-    case: str
-    dice: float
-    nsd: float
-    hd95: float
+
+# ------------------------------------------------------------------------------------------------------------- cases
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is compared: cases to train on, synthetic pairs, draws of the cases and seeds of the segmenter."""
-
-    segmenter: str
-    pairs: int
-    synthetic: int
-    draws: int
-    seeds: int
-
-
-def is_development(digest: str) -> bool:
-    """Whether the case with this digest may be used for tuning; the others are kept for the final figure."""
-    return derive("development", digest) % 2 == 0
-
-
-@dataclass(frozen=True)
-class Development:
-    """The development half of a dataset: its cases by digest, whole groups of them, and its lesion-free images."""
+class Cases:
+    """Cases of a dataset by digest, the group each belongs to, and the lesion-free images."""
 
     name: str
     cases: dict[str, Case]
     group_of: list[int]
     healthy: list[Pixels]
 
+    def pairs(self, places: Sequence[int]) -> list[trials.Pair]:
+        found = list(self.cases.values())
+        return [(found[place].image, found[place].mask) for place in places]
 
-def load(folder: Path) -> Development:
+
+@lru_cache(maxsize=2)
+def load(folder: Path, development: bool) -> Cases:
     """Groups are formed over the whole dataset; a group belongs to the half of its first case."""
     found = cases_by_digest(folder)
     lesions = {digest: case for digest, case in found.items() if case.mask.any()}
     encoder = encoders.load_encoder("efficientnet-lite0", "builtin", torch.device("cpu"))
-    whole = [geometry.resize_image(case.image, (160, 160)) for case in lesions.values()]
-    vectors = np.stack([encoder(_as_tensor(image)[None])[0].numpy() for image in whole])
-    group_of = splits.groups([case.patient for case in lesions.values()], vectors)
-    first = {group: digest for digest, group in reversed(list(zip(lesions, group_of, strict=True)))}
-    kept = [(d, g) for d, g in zip(lesions, group_of, strict=True) if is_development(first[g])]
+    vectors = splits.whole_image_embeddings(encoder, [case.image for case in lesions.values()])
+    patients = [case.patient for case in lesions.values()]
+    group_of = splits.groups(patients, vectors, EVALUATION.near_duplicate)
+    first: dict[int, str] = {}
+    for digest, group in zip(lesions, group_of, strict=True):
+        first.setdefault(group, digest)
+    kept = [
+        (digest, group)
+        for digest, group in zip(lesions, group_of, strict=True)
+        if is_development(folder.name, first[group]) == development
+    ]
     healthy = [case.image for case in found.values() if case.role == "background"]
-    return Development(folder.name, {d: lesions[d] for d, _ in kept}, [g for _, g in kept], healthy)
+    return Cases(folder.name, {digest: lesions[digest] for digest, _ in kept}, [group for _, group in kept], healthy)
 
 
-def _as_tensor(image: Pixels) -> torch.Tensor:
-    coloured = np.broadcast_to(image, (*image.shape[:2], 3)).transpose(2, 0, 1)
-    return torch.from_numpy(coloured.astype(np.float32) / 255)
+def drawn(cases: Cases, train: int, number: int) -> splits.Draw:
+    groups = len(set(cases.group_of))
+    extra = max(0, min(train, groups - train - LEAST_TESTED))
+    seed = derive(cases.name, "draw", number)
+    return splits.draw(cases.group_of, train, extra, EVALUATION.tested, seed)
 
 
-# ------------------------------------------------------------------------------------------------------------- arms
+# -------------------------------------------------------------------------------------------------------------- arms
 
 
 @dataclass(frozen=True)
-class Arm:
-    """What a segmenter is trained on. ``made_from``: of each synthetic pair the places of the real ones it shows."""
+class Trial:
+    """All trainings of an arm on one draw: ``arm`` is ``real``, ``real x…`` or the name of a variant."""
 
-    real: list[Pair]
-    synthetic: list[Pair]
-    made_from: list[set[int]]
+    folder: Path
+    development: bool
+    segmenter: str
+    train: int
+    draw: int
+    arm: str
+    seeds: tuple[int, ...]
+    cache: Path
+    factor: float = 1.0  # Of the stop that was chosen: half and twice of it show whether the rule is fair.
 
-
-def arms(
-    data: Development, plan: Plan, draw: splits.Draw, seed: int, wanted: Sequence[str]
-) -> Iterator[tuple[str, Arm]]:
-    """The arms of one draw, one after the other; the generator is made once, when the first needs it."""
-    cases = list(data.cases.values())
-    real: list[Pair] = [(cases[i].image, cases[i].mask) for i in draw.train]
-    made: list[Made] = []
-    if {"synthetic", "copy-paste"} & set(wanted):
-        made = Generator([cases[i] for i in draw.train], data.healthy, CPU, seed).generate(plan.synthetic, seed)
-    origins = [{m.donor, m.background} - {None} for m in made]
-    for name in wanted:
-        if name == "oracle":
-            more: list[Pair] = [(cases[i].image, cases[i].mask) for i in draw.extra]
-            yield name, Arm(real + more, [], [])
-        elif name == "real":
-            yield name, Arm(real, [], [])
-        else:
-            pairs = [(m.image, m.label) if name == "synthetic" else (m.start, m.shape) for m in made]
-            yield name, Arm(real, pairs, [{int(o) for o in origin if o is not None} for origin in origins])
+    @property
+    def name(self) -> str:
+        return self.arm if self.factor == 1 else f"{self.arm}, {self.factor:g} x steps"
 
 
-def chosen_steps(arm: Arm, segmenter: str, seed: int) -> int:
-    """Where mean Dice over the inner folds is best. A synthetic pair that shows a held-out case is left out."""
-    parts = splits.folds(range(len(arm.real)), INNER_FOLDS, seed)
-    curves: dict[int, list[float]] = defaultdict(list)
+class Training(Contract):
+    """A line of the rows: one segmenter and the figures of its test cases, whose digests are shortened."""
+
+    dataset: str
+    development: bool
+    segmenter: str
+    train: int
+    draw: int
+    arm: str
+    seed: int
+    steps: int
+    real: int
+    pairs: int
+    seconds: float
+    cases: tuple[str, ...]
+    area: tuple[float, ...]
+    dice: tuple[float, ...]
+    nsd: tuple[float, ...]
+    hd95: tuple[float, ...]
+
+    @property
+    def key(self) -> tuple[str | int | bool, ...]:
+        return (self.dataset, self.development, self.segmenter, self.train, self.draw, self.arm, self.seed)
+
+    def rows(self) -> Iterator[Row]:
+        fixed = {"split": self.draw, "arm": self.arm, "seed": self.seed, "steps": self.steps, "real": self.real}
+        for values in zip(self.cases, self.area, self.dice, self.nsd, self.hd95, strict=True):
+            yield Row(**fixed, **dict(zip(("case", "area", "dice", "nsd", "hd95"), values, strict=True)))
+
+
+def run(trial: Trial) -> list[Training]:
+    """Every training of a trial, on one thread."""
+    torch.set_num_threads(1)
+    cases = load(trial.folder, trial.development)
+    draw = drawn(cases, trial.train, trial.draw)
+    settings = EVALUATION.model_copy(update={"segmenter": trial.segmenter})
+    material = _material(trial, cases, draw)
+    stop = _stop(trial, material)
+    steps = max(1, round(stop * trial.factor))
+    real = len(material.real)
+    digests = list(cases.cases)
+    found = []
+    for seed in trial.seeds:
+        begun = time.monotonic()
+        network = trials.trained(material, settings, steps, derive("segmenter", trial.draw, seed), lambda *_: None)
+        figures = [trials.judge(network, settings, pair) for pair in cases.pairs(draw.test)]
+        found.append(
+            Training(
+                dataset=cases.name,
+                development=trial.development,
+                segmenter=trial.segmenter,
+                train=trial.train,
+                draw=trial.draw,
+                arm=trial.name,
+                seed=seed,
+                steps=steps,
+                real=real,
+                pairs=len(material.synthetic),
+                seconds=round(time.monotonic() - begun, 1),
+                cases=tuple(digests[place][:CASE] for place in draw.test),
+                area=tuple(round(float(mask.mean()), 4) for _, mask in cases.pairs(draw.test)),
+                dice=tuple(round(one.dice, 4) for one in figures),
+                nsd=tuple(round(one.nsd, 4) for one in figures),
+                hd95=tuple(round(one.hd95, 4) for one in figures),
+            )
+        )
+    return found
+
+
+def _material(trial: Trial, cases: Cases, draw: splits.Draw) -> Material:
+    if trial.arm.startswith(REAL):
+        share = float(trial.arm.removeprefix(REAL).strip(" x") or 1)
+        some = [*draw.train, *draw.extra][: round(share * len(draw.train))]
+        return Material(cases.pairs(some))
+    variant = VARIANTS[trial.arm]
+    real = cases.pairs(draw.train)
+    if variant.copies:
+        copies = [real[place % len(real)] for place in range(variant.pairs)]
+        return Material(real, copies, [frozenset({place % len(real)}) for place in range(variant.pairs)])
+    made = pairs_of(trial, cases, draw, variant)
+    synthetic = [(one.start, one.shape) if variant.start else (one.image, one.label) for one in made]
+    synthetic = [(image, shifted(mask, variant.shift)) for image, mask in synthetic]
+    origins = [frozenset({one.donor, one.background} - {None}) for one in made]
+    material = Material(real, synthetic, origins, variant.mixing)  # type: ignore[arg-type]
+    return material if variant.agreement is None else _agreeing(trial, material, variant.agreement)
+
+
+def pairs_of(trial: Trial, cases: Cases, draw: splits.Draw, variant: Variant) -> list[Made]:
+    """The variant's pairs; of equal generators the fitted one is kept on disk."""
+    train = [list(cases.cases.values())[place] for place in draw.train]
+    recipe = override(RECIPE, variant.fitting)
+    seed = derive(cases.name, "generator", trial.draw)
+    name = f"{cases.name}-{trial.development:d}-{trial.train}-{trial.draw}-{derive(recipe.model_dump_json()):x}"
+    path = trial.cache / f"{name}.safetensors"
+    if not path.exists():
+        fitted = fit(train, cases.healthy, recipe, seed)
+        partial = path.with_suffix(f".{os.getpid()}")
+        save_file({key: tensor.contiguous() for key, tensor in fitted.items()}, partial)
+        partial.replace(path)
+    painting = _painting(recipe, variant)
+    generator = Generator(
+        train, cases.healthy, painting, load_file(path), retexture=variant.retexture, decoys=variant.decoys
+    )
+    return generator.generate(variant.pairs, seed)
+
+
+def _painting(recipe: Recipe, variant: Variant) -> Recipe:
+    return override(recipe, variant.painting)
+
+
+def shifted(mask: Mask, share: float) -> Mask:
+    """``mask`` moved to the right by a share of the width."""
+    by = round(share * mask.shape[1])
+    moved = np.zeros_like(mask)
+    moved[:, by:] = mask[:, : mask.shape[1] - by]
+    return moved
+
+
+def _agreeing(trial: Trial, material: Material, bounds: tuple[float, float]) -> Material:
+    """The pairs with which a segmenter of the real cases alone, that saw neither donor nor background, agrees within
+    ``bounds`` of Dice."""
+    settings = EVALUATION.model_copy(update={"segmenter": trial.segmenter})
+    alone = Material(material.real)
+    parts = splits.folds(range(len(material.real)), settings.inner_folds, derive("agreement", trial.draw))
+    kept: list[int] = []
     for number, held in enumerate(parts):
-        inside = training.Pairs.of([pair for i, pair in enumerate(arm.real) if i not in held], SIZE)
-        kept = [pair for pair, origin in zip(arm.synthetic, arm.made_from, strict=True) if not origin & set(held)]
-        synthetic = training.Pairs.of(kept, SIZE) if kept else None
-        network = segmenters.build(segmenter, derive(seed, "inner", number))
-        for steps, averaged in training.fit(network, inside, synthetic, SCHEDULE, derive(seed, "inner", number)):
-            curves[steps] += [dice(averaged, *arm.real[i]) for i in held]
-    return max(curves, key=lambda steps: float(np.mean(curves[steps])))
+        inside = [pair for place, pair in enumerate(alone.real) if place not in held]
+        network = trials.trained(Material(inside), settings, 200, derive("agreement", number), lambda *_: None)
+        for place, pair in enumerate(material.synthetic):
+            mine = (
+                derive("agreement", place) % len(parts) == number
+                if not material.made_from[place]
+                else (min(material.made_from[place]) in held)
+            )
+            if mine and bounds[0] <= trials.judge(network, settings, pair).dice <= bounds[1]:
+                kept.append(place)
+    kept = sorted(kept) or [0]
+    return replace(
+        material,
+        synthetic=[material.synthetic[place] for place in kept],
+        made_from=[material.made_from[place] for place in kept],
+    )
 
 
-def dice(network: torch.nn.Module, image: Pixels, mask: Mask) -> float:
-    return figures.figures(training.predict(network, image, SIZE), mask).dice
+def _stop(trial: Trial, material: Material) -> int:
+    """Where the arm stops; kept on disk, for the trainings of a trial may come in several calls."""
+    settings = EVALUATION.model_copy(update={"segmenter": trial.segmenter})
+    name = f"{trial.folder.name}-{trial.development:d}-{trial.segmenter}-{trial.train}-{trial.draw}-{trial.arm}"
+    path = trial.cache / f"{name.replace(' ', '_')}.stop.json"
+    if not path.exists():
+        curve = trials.stop_curve(material, settings, derive(trial.folder.name, "inner", trial.draw), lambda *_: None)
+        path.write_text(json.dumps(curve))
+    return trials.best_stop({int(steps): dice for steps, dice in json.loads(path.read_text()).items()})
 
 
-# ------------------------------------------------------------------------------------------------------------- rows
+# -------------------------------------------------------------------------------------------------------------- rows
 
 
-def rows(data: Development, plan: Plan, done: set[tuple[int, str, int]]) -> Iterator[list[Row]]:
-    """The rows of each training that is not ``done``: (draw, arm, seed)."""
-    digests = list(data.cases)
-    extra = max(0, min(plan.pairs, len(set(data.group_of)) - plan.pairs - LEAST_TESTED))
-    planned = [arm for arm in ARMS if arm != "oracle" or extra]
-    for number in range(plan.draws):
-        left = {(arm, seed) for arm in planned for seed in range(plan.seeds)} - {
-            (a, s) for d, a, s in done if d == number
-        }
-        if not left:
-            continue
-        draw = splits.draw(data.group_of, plan.pairs, extra, TESTED, derive(data.name, "draw", number))
-        wanted = [arm for arm in planned if any(arm == a for a, _ in left)]
-        for name, arm in arms(data, plan, draw, derive(data.name, "generator", number), wanted):
-            torch.set_num_threads(2)
-            steps = chosen_steps(arm, plan.segmenter, derive(data.name, "inner", number))
-            schedule = training.Schedule(steps=steps, every=steps)
-            real = training.Pairs.of(arm.real, SIZE)
-            synthetic = training.Pairs.of(arm.synthetic, SIZE) if arm.synthetic else None
-            for seed in sorted(s for a, s in left if a == name):
-                network = segmenters.build(plan.segmenter, derive("segmenter", number, seed))
-                ((_, trained),) = training.fit(network, real, synthetic, schedule, derive("segmenter", number, seed))
-                run = (data.name, plan.segmenter, plan.pairs, plan.synthetic, number, name, seed, steps)
-                yield [Row(*run, digests[i], **asdict(_judged(trained, data, i))) for i in draw.test]
-
-
-def _judged(network: torch.nn.Module, data: Development, index: int) -> figures.Figures:
-    case = list(data.cases.values())[index]
-    return figures.figures(training.predict(network, case.image, SIZE), case.mask)
-
-
-# ----------------------------------------------------------------------------------------------------------- report
-
-
-def read(path: Path) -> list[Row]:
-    """The rows written so far. A line holds a training's, whole; one that was cut off is left out."""
-    found: list[Row] = []
+def read(path: Path) -> list[Training]:
+    """The trainings recorded so far; a line that was cut off is left out."""
+    found = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            found += [Row(**row) for row in json.loads(line)]
+            found.append(Training.model_validate_json(line))
         except ValueError:
             continue
     return found
 
 
-def report(found: Sequence[Row]) -> str:
-    """A table in Markdown: mean Dice of each arm and its gain over real only, with the 95 % interval."""
-    lines = [
-        "| dataset | segmenter | real | synthetic | arm | runs | steps | Dice | gain | 95 % interval | p, Holm |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    gains: dict[tuple[str, ...], comparison.Gain] = {}
-    for key, group in _by(found, *COMPARED).items():
-        for arm in ARMS[1:]:
-            if differences := _differences(group, arm):
-                gains[*key, arm] = comparison.gain(differences)
-    adjusted = comparison.holm({"/".join(key): g.p for key, g in gains.items()})
-    for key, group in sorted(_by(found, *COMPARED, "arm").items()):
-        runs = {(row.draw, row.seed) for row in group}
-        steps = sorted({row.steps for row in group})
-        cells = [*key, str(len(runs)), f"{steps[0]} to {steps[-1]}", f"{100 * np.mean([r.dice for r in group]):.1f}"]
-        if (g := gains.get(key)) is not None:
-            between = f"{100 * g.low:+.1f} to {100 * g.high:+.1f}"
-            cells += [f"{100 * g.mean:+.1f}", between, f"{adjusted['/'.join(key)]:.3f}"]
-        lines.append("| " + " | ".join([*cells, *[""] * (11 - len(cells))]) + " |")
-    return "\n".join(lines)
+def trials_due(arguments: argparse.Namespace, done: set[tuple[str | int | bool, ...]]) -> Iterator[Trial]:
+    """Draw by draw, and in each the arms as they were named, those trainings that are not there yet."""
+    for number in range(arguments.draws):
+        for name in arguments.dataset:
+            folder = arguments.data / name
+            cases = load(folder, arguments.development)
+            draw = drawn(cases, arguments.train, number)
+            for arm in arguments.arm:
+                share = float(arm.removeprefix(REAL).strip(" x") or 1) if arm.startswith(REAL) else 1.0
+                if round(share * len(draw.train)) > len(draw.train) + len(draw.extra):
+                    continue
+                for factor in arguments.factor if arm == REAL else (1.0,):
+                    trial = Trial(
+                        folder, arguments.development, arguments.segmenter, arguments.train, number, arm,
+                        (), arguments.cache, factor,
+                    )  # fmt: skip
+                    begins = (name, arguments.development, arguments.segmenter, arguments.train, number, trial.name)
+                    left = tuple(seed for seed in range(arguments.seeds) if (*begins, seed) not in done)
+                    if left:
+                        yield replace(trial, seeds=left)
 
 
-def _by(found: Sequence[Row], *names: str) -> Mapping[tuple[str, ...], list[Row]]:
-    grouped: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for row in found:
-        grouped[tuple(str(getattr(row, name)) for name in names)].append(row)
-    return grouped
+def record(arguments: argparse.Namespace) -> None:
+    """Runs what is due, some trials at a time, until all is done or the hours are over."""
+    begun = time.monotonic()
+    due = trials_due(arguments, {one.key for one in read(arguments.rows)})
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        running: set[Future[list[Training]]] = set()
+        while True:
+            while len(running) < arguments.processes and time.monotonic() - begun < 3600 * arguments.hours:
+                trial = next(due, None)
+                if trial is None:
+                    break
+                running.add(pool.submit(run, trial))
+            if not running:
+                return
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                new = future.result()
+                with arguments.rows.open("a") as file:
+                    file.writelines(one.model_dump_json() + "\n" for one in new)
+                for one in new:
+                    minutes = (time.monotonic() - begun) / 60
+                    print(
+                        f"{minutes:6.1f} min  {one.dataset} draw {one.draw} {one.arm} seed {one.seed}: "
+                        f"{one.steps} steps, Dice {100 * np.mean(one.dice):.1f}, {one.seconds:.0f} s",
+                        flush=True,
+                    )
 
 
-def _differences(found: Sequence[Row], arm: str) -> list[np.ndarray]:
-    """Of each draw that has both arms: the cases' Dice under ``arm`` less that under real only, seeds averaged."""
-    differences = []
-    for group in _by(found, "draw").values():
-        mean: dict[tuple[str, str], float] = {
-            (a, case): float(np.mean([row.dice for row in some]))
-            for (a, case), some in _by(group, "arm", "case").items()
-        }
-        cases = [case for a, case in mean if a == arm and ("real", case) in mean]
-        if cases:
-            differences.append(np.array([mean[arm, case] - mean["real", case] for case in cases]))
-    return differences
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="the folder that holds the datasets")
-    parser.add_argument("--dataset", action="append", default=[], help="repeatable")
-    parser.add_argument("--hours", type=float, default=1.0, help="no new training begins after that")
-    parser.add_argument("--rows", type=Path, default=Path("out/utility.jsonl"))
-    parser.add_argument("--segmenter", default="efficientnet-unet", choices=list(segmenters.SEGMENTERS))
-    parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--synthetic", type=int, default=90)
+    parser.add_argument("--dataset", action="append", required=True, help="repeatable")
+    parser.add_argument("--development", action="store_true", help="the cases kept for tuning")
+    parser.add_argument("--arm", action="append", default=[], help="repeatable: real, real x2, or a variant's name")
+    parser.add_argument(
+        "--factor", action="append", type=float, default=[], help="of the stop of real only; repeatable"
+    )
+    parser.add_argument("--hours", type=float, default=1.0, help="no new trial begins after that")
+    parser.add_argument("--rows", type=Path, default=Path("docs/experiments/rows.jsonl"))
+    parser.add_argument("--cache", type=Path, default=Path("out/utility"))
+    parser.add_argument("--segmenter", default=EVALUATION.segmenter)
+    parser.add_argument("--train", type=int, default=30)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--report", type=Path, help="write the table there, and train nothing")
-    arguments = parser.parse_args()
-    if arguments.report is not None:
-        arguments.report.write_text(report(read(arguments.rows)) + "\n")
-        return
-    plan = Plan(arguments.segmenter, arguments.pairs, arguments.synthetic, arguments.draws, arguments.seeds)
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args(argv)
+    arguments.arm = arguments.arm or ["real", "synthetic", "copy-paste", "real x2", "real x1.5", "real x0.5"]
+    arguments.factor = arguments.factor or [1.0]
     arguments.rows.parent.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-    for name in arguments.dataset:
-        data = load(arguments.data / name)
-        same = (name, plan.segmenter, plan.pairs, plan.synthetic)
-        there = [r for r in read(arguments.rows) if (r.dataset, r.segmenter, r.pairs, r.synthetic) == same]
-        for new in rows(data, plan, {(r.draw, r.arm, r.seed) for r in there}):
-            with arguments.rows.open("a") as file:
-                file.write("\n" + json.dumps([asdict(row) for row in new]))
-            mean, minutes = 100 * np.mean([row.dice for row in new]), (time.monotonic() - begun) / 60
-            run = f"{name} draw {new[0].draw} {new[0].arm} seed {new[0].seed}"
-            print(f"{run}: {new[0].steps} steps, Dice {mean:.1f} ({minutes:.1f} min)", flush=True)
-            if minutes > 60 * arguments.hours:
-                return
-    print(report(read(arguments.rows)))
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    record(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from gateways import Gateway
 from meddiff.cli import app
+from meddiff.contracts.ids import created_at, uuid7
 from meddiff.contracts.jobs import End, EndStatus, Job, Progress
 from meddiff.contracts.problems import problem
 from meddiff.contracts.recipes import CPU
 from meddiff.store.keys import JobKeys
 from meddiff.watching import describe
-from meddiff_services.gateway.ids import created_at, uuid7
 from stored import archive, put_dataset, put_generated, put_model
 from typer.testing import CliRunner, Result
 

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 import numpy as np
 from meddiff.contracts.base import sha256_hex
 from meddiff.contracts.dataset import Case, Dataset, dataset_id_of
+from meddiff.contracts.ids import uuid7
 from meddiff.contracts.jobs import End, GenerateSpec
 from meddiff.contracts.manifest import (
     Background,
@@ -29,7 +30,6 @@ from meddiff.contracts.recipes import CPU
 from meddiff.contracts.requests import GenerateRequest
 from meddiff.store.keys import DatasetKeys, JobKeys, ModelKeys, model_name, newest
 from meddiff.store.objects import ObjectStore
-from meddiff_services.gateway.ids import uuid7
 from PIL import Image
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

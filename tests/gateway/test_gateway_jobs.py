@@ -11,10 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 from gateways import Gateway
+from meddiff.contracts.ids import created_at, uuid7
 from meddiff.contracts.jobs import End, FinetuneSpec, GenerateSpec
 from meddiff.planning.observe import read_spec
 from meddiff.store.keys import DatasetKeys, JobKeys, active
-from meddiff_services.gateway.ids import created_at, uuid7
 from stored import put_dataset, put_generated, put_model
 
 MISSING_JOB = "019400aa-0000-7000-8000-000000000000"

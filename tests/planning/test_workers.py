@@ -17,8 +17,8 @@ import pytest
 from jobspecs import finetune, generate, imported, scored, small
 from meddiff.contracts.jobs import End, FinetuneSpec, Spec
 from meddiff.contracts.tasks import QUEUE_OF, Marker, Task, TaskFault
-from meddiff.planning.dispatch import active_jobs, sweep
-from meddiff.planning.jobs import cancel, read_job
+from meddiff.planning.dispatch import active_jobs, cancel, sweep
+from meddiff.planning.jobs import read_job
 from meddiff.planning.leases import Leases, Snapshot
 from meddiff.planning.plan import finetune_steps
 from meddiff.planning.queues import Sender, celery_app

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from meddiff.science.evaluation import comparison, figures, segmenters, splits, training
+from meddiff.contracts.evaluation import REAL, Arm, CurvePoint, Interval, Mixing, Row
+from meddiff.contracts.recipes import Evaluation
+from meddiff.science.evaluation import comparison, figures, report, segmenters, splits, training, trials
 from meddiff.science.geometry import Image, Mask
 
 
@@ -121,24 +123,33 @@ def test_the_loss_is_least_where_the_mask_is_and_flat_nowhere_else() -> None:
 LEARNED = training.Pairs.of([disc(n) for n in range(8)], 64)
 
 
-def trained(schedule: training.Schedule, synthetic: training.Pairs | None = None) -> torch.nn.Module:
-    *_, (steps, network) = training.fit(segmenters.build("unet", 1), LEARNED, synthetic, schedule, seed=5)
-    assert steps == schedule.steps
+def trained(settings: Evaluation, synthetic: training.Pairs | None = None, mixing: Mixing = "joint") -> torch.nn.Module:
+    network = segmenters.build("unet", 1)
+    *_, (steps, network) = training.fit(network, LEARNED, synthetic, settings, settings.steps, 5, mixing)
+    assert steps == settings.steps
     return network
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
     synthetic = training.Pairs.of([disc(n) for n in range(8, 12)], 64)
-    schedule = training.Schedule(steps=4, batch_size=4)
-    one, two = (trained(schedule, synthetic) for _ in range(2))
+    settings = Evaluation(steps=4, batch_size=4, pretrain_steps=3)
+    one, two = (trained(settings, synthetic) for _ in range(2))
     for ours, theirs in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
 
 
+def test_pretraining_ends_where_real_pairs_begin_and_counts_their_steps_alone() -> None:
+    synthetic = training.Pairs.of([disc(n) for n in range(8, 12)], 64)
+    settings = Evaluation(steps=2, batch_size=4, pretrain_steps=3, every=1)
+    seen: list[int] = []
+    fitting = training.fit(segmenters.build("unet", 1), LEARNED, synthetic, settings, 2, 5, "pretrain", seen.append)
+    assert [steps for steps, _ in fitting] == [1, 2]
+    assert seen == [-3, -2, -1, 0, 1]
+
+
 def test_a_segmenter_learns_discs() -> None:
     torch.set_num_threads(1)
-    schedule = training.Schedule(steps=100, batch_size=4, learning_rate=3e-3, ema_decay=0.9)
-    network = trained(schedule)
+    network = trained(Evaluation(steps=100, batch_size=4, learning_rate=3e-3, ema_decay=0.9))
     for image, mask in map(disc, (50, 51)):
         assert figures.figures(training.predict(network, image, 64), mask).dice > 0.8
 
@@ -149,7 +160,7 @@ def test_a_segmenter_learns_discs() -> None:
 def test_a_group_is_a_patient_or_the_same_picture_and_whoever_shares_either() -> None:
     vectors = np.eye(5, dtype=np.float32)
     vectors[3] = vectors[1]
-    assert splits.groups(["a", "a", None, None, None], vectors) == [0, 0, 1, 0, 2]
+    assert splits.groups(["a", "a", None, None, None], vectors, 0.97) == [0, 0, 1, 0, 2]
 
 
 def test_a_draw_keeps_groups_apart_and_trains_on_one_case_of_each() -> None:
@@ -172,3 +183,111 @@ def test_folds_hold_every_case_once_and_no_group_twice() -> None:
         assert all({i for i, g in enumerate(group_of) if g == group_of[member]} <= set(part) for member in part)
     with pytest.raises(ValueError, match="cannot be cut"):
         splits.folds([0, 0, 1], 3, seed=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- trials
+
+QUICK = Evaluation(segmenter="unet", size=64, steps=6, every=2, batch_size=2, inner_folds=3)
+
+
+def test_a_stop_is_chosen_with_every_case_held_aside_once() -> None:
+    real = [disc(n) for n in range(6)]
+    told: list[tuple[int, int]] = []
+    curve = trials.stop_curve(trials.Material(real), QUICK, 3, lambda *step: told.append(step))
+    assert sorted(curve) == [2, 4, 6]
+    assert told[-1] == (17, 18)
+    assert [step for step, _ in told] == sorted(step for step, _ in told)
+
+
+def test_the_stop_is_not_chosen_by_a_single_lucky_step() -> None:
+    assert trials.best_stop({50: 0.5, 100: 0.9, 150: 0.4, 200: 0.7, 250: 0.75, 300: 0.74, 350: 0.6}) == 250
+
+
+def test_pairs_that_show_a_case_held_aside_have_no_part_in_choosing_the_stop() -> None:
+    real = [disc(n) for n in range(6)]
+    everywhere = frozenset(range(6))
+    shown = trials.Material(real, [disc(9)], [everywhere])
+    assert trials.stop_curve(shown, QUICK, 3, lambda *_: None) == trials.stop_curve(
+        trials.Material(real), QUICK, 3, lambda *_: None
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+ARMS = (
+    Arm(name=REAL),
+    Arm(name="real x0.5", share=0.5),
+    Arm(name="real x2", share=2),
+    Arm(name="synthetic 90 joint", source="synthetic", pairs=90),
+)
+
+
+def rows(gained: float, noise: float = 0.01) -> list[Row]:
+    """Three splits, two seeds: Dice rises by 0.1 with each doubling of the cases, and by ``gained`` with the pairs."""
+    rng = np.random.default_rng(0)
+    level = {"real x0.5": 0.6, REAL: 0.7, "real x2": 0.8, "synthetic 90 joint": 0.7 + gained}
+    found = []
+    for arm in ARMS:
+        for split in range(3):
+            for seed in range(2):
+                for case in range(20):
+                    dice = float(np.clip(level[arm.name] + rng.normal(0, noise), 0, 1))
+                    found.append(
+                        Row(
+                            split=split,
+                            arm=arm.name,
+                            seed=seed,
+                            steps=100,
+                            real=round(30 * arm.share),
+                            case=f"{split}-{case}",
+                            area=(case + 1) / 100,
+                            dice=dice,
+                            nsd=dice,
+                            hd95=0.1,
+                        )
+                    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gained", "verdict", "words"),
+    [(0.05, "helps", "worth about"), (0.0, "adds nothing", "add nothing"), (-0.05, "harms", "worse")],
+)
+def test_the_verdict_follows_the_interval(gained: float, verdict: str, words: str) -> None:
+    *_, synthetic = report.arm_results(rows(gained), ARMS)
+    assert synthetic.verdict == verdict
+    assert words in report.in_words(synthetic)
+    assert synthetic.gain is not None
+    assert synthetic.gain.low <= 100 * gained <= synthetic.gain.high
+
+
+def test_annotation_equivalents_are_read_off_the_learning_curve() -> None:
+    *_, synthetic = report.arm_results(rows(0.05, noise=0.001), ARMS)
+    assert synthetic.equivalents is not None
+    assert synthetic.equivalents.mean == pytest.approx(30 * 2**0.5 - 30, abs=0.5)
+    assert not synthetic.at_least
+    *_, beyond = report.arm_results(rows(0.15), ARMS)
+    assert beyond.at_least
+    assert beyond.equivalents is not None
+    assert beyond.equivalents.mean == pytest.approx(30)
+
+
+def test_a_curve_that_falls_by_chance_is_made_to_rise_and_a_flat_one_gives_no_reading() -> None:
+    curve = report.learning_curve(rows(0.0), ARMS)
+    assert [point.real for point in curve] == [15, 30, 60]
+    assert report._rising([(15, 0.6), (30, 0.8), (60, 0.7)]) == [(15, 0.6), (30, 0.75), (60, 0.75)]
+    flat = (CurvePoint(real=15, dice=0.7), CurvePoint(real=30, dice=0.7))
+    gained = Interval(mean=1, low=0, high=2)
+    assert report.annotation_equivalents(gained, flat, rows(0.0)) == (None, False)
+
+
+def test_the_spread_between_seeds_is_that_of_their_means() -> None:
+    found = [row.model_copy(update={"dice": 0.5 + 0.02 * row.seed}) for row in rows(0.0) if row.arm == REAL]
+    assert report.seed_spread(found) == pytest.approx(100 * 0.02 / 2**0.5)
+    assert report.seed_spread([row for row in found if row.seed == 0]) is None
+
+
+def test_gains_by_size_hold_each_case_once() -> None:
+    sizes = report.gains_by_size(rows(0.05), "synthetic 90 joint")
+    assert sum(size.cases for size in sizes) == 60
+    assert all(size.gain.low > 0 for size in sizes)

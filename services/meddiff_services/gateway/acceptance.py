@@ -6,18 +6,19 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from meddiff.contracts.base import JobId, Sha256, Stored, canonical_json, sha256_hex
+from meddiff.contracts.ids import created_at, model_id_of, uuid7
 from meddiff.contracts.jobs import FinetuneSpec, GenerateSpec, Spec
 from meddiff.contracts.problems import Fault, ProblemError
 from meddiff.contracts.recipes import CPU, Quality, Recipe, override
 from meddiff.contracts.requests import FinetuneRequest, GenerateRequest
 from meddiff.importing import check_uri, is_dataset_id, load_dataset
+from meddiff.planning.dispatch import submit
 from meddiff.planning.observe import read_spec
-from meddiff.store.keys import DatasetKeys, JobKeys, active, idempotency, newest
+from meddiff.store.keys import DatasetKeys, idempotency
 from meddiff.store.objects import NotFound
 from pydantic import ValidationError
 
 from meddiff_services.gateway.backends import Backends
-from meddiff_services.gateway.ids import created_at, model_id_of, uuid7
 from meddiff_services.gateway.models import find_model
 from meddiff_services.gateway.problems import faults_of
 
@@ -48,14 +49,14 @@ def accept(here: Backends, request: R, resolve: Callable[[Backends, R, JobId], S
     """
     job_id = uuid7()
     if key is None:
-        return _write(here, resolve(here, request, job_id))
+        return _submitted(here, resolve(here, request, job_id))
     digest = sha256_hex(canonical_json(request))
     place = idempotency(sha256_hex(canonical_json([here.tenant, type(request).__name__, key])))
     first = _first(here, place)
     if first is None:
         spec = resolve(here, request, job_id)
         if here.store.create_json(place, Accepted(job_id=job_id, request_sha256=digest)):
-            return _write(here, spec)
+            return _submitted(here, spec)
         first = here.store.get_json(place, Accepted)
     if first.request_sha256 != digest:
         fault = Fault(pointer="?Idempotency-Key", detail="the key was used for another request")
@@ -64,7 +65,7 @@ def accept(here: Backends, request: R, resolve: Callable[[Backends, R, JobId], S
         spec = read_spec(here.store, here.tenant, first.job_id)
     except NotFound:
         spec = resolve(here, request, first.job_id)
-    return _write(here, spec)
+    return _submitted(here, spec)
 
 
 def finetune_spec(here: Backends, request: FinetuneRequest, job_id: JobId) -> FinetuneSpec:
@@ -106,12 +107,8 @@ def generate_spec(here: Backends, request: GenerateRequest, job_id: JobId) -> Ge
     )
 
 
-def _write(here: Backends, spec: Spec) -> Spec:
-    """The job exists from its spec on. It is listed before that and active after, for a sweep drops what has no spec;
-    writing it again changes nothing."""
-    here.store.put(newest(spec.tenant, spec.id), b"")
-    here.store.put_json(JobKeys(spec.tenant, spec.id).spec, spec)
-    here.store.put(active(spec.tenant, spec.id), b"")
+def _submitted(here: Backends, spec: Spec) -> Spec:
+    submit(here.store, spec)
     return spec
 
 

@@ -18,8 +18,8 @@ from meddiff.contracts.base import canonical_json, sha256_hex
 from meddiff.contracts.jobs import ENDED, Job, JobList, Kind, Spec, Status
 from meddiff.contracts.problems import Fault, ProblemError
 from meddiff.contracts.requests import FinetuneRequest, GenerateRequest
-from meddiff.planning.dispatch import advance
-from meddiff.planning.jobs import cancel, read_job
+from meddiff.planning.dispatch import advance, cancel
+from meddiff.planning.jobs import read_job
 from meddiff.planning.observe import read_spec
 from meddiff.store.keys import JobKeys, job_of_newest, newest, newest_root
 from meddiff.store.objects import NotFound

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from meddiff.contracts.base import Contract, DatasetId, JobId, ModelId, Stored, Tenant
 from meddiff.contracts.problems import Problem
 from meddiff.contracts.recipes import Recipe
-from meddiff.contracts.requests import FinetuneRequest, GenerateRequest
+from meddiff.contracts.requests import EvaluateRequest, FinetuneRequest, GenerateRequest
 
-Kind = Literal["finetune", "generate"]
+Kind = Literal["finetune", "generate", "evaluate"]
 Status = Literal["queued", "validating", "running", "cancelling", "succeeded", "incomplete", "failed", "cancelled"]
 EndStatus = Literal["succeeded", "incomplete", "failed", "cancelled"]
 ENDED: frozenset[str] = frozenset({"succeeded", "incomplete", "failed", "cancelled"})
@@ -26,6 +26,7 @@ class FinetuneSpec(Stored):
     request: FinetuneRequest
     recipe: Recipe
     model_id: ModelId
+    parent: JobId | None = None
 
 
 class GenerateSpec(Stored):
@@ -39,9 +40,26 @@ class GenerateSpec(Stored):
     recipe: Recipe
     model_id: ModelId
     dataset_id: DatasetId
+    parent: JobId | None = None
 
 
-Spec = FinetuneSpec | GenerateSpec
+class EvaluateSpec(Stored):
+    """``spec.json`` of an evaluation. ``model_id`` and ``synthetic_job``: whose pairs are judged; of a model's they are
+    made by a child job; neither is given where generators are fitted by child jobs."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    tenant: Tenant
+    id: JobId
+    created_at: datetime
+    request: EvaluateRequest
+    recipe: Recipe
+    model_id: ModelId | None = None
+    model_dataset_id: DatasetId | None = None
+    synthetic_job: JobId | None = None
+    parent: None = None
+
+
+Spec = FinetuneSpec | GenerateSpec | EvaluateSpec
 
 
 class End(Stored):
@@ -54,7 +72,8 @@ class End(Stored):
 
 
 class Progress(Contract):
-    """``done`` of ``total`` in ``unit`` (``steps`` of training, ``pairs`` accepted) of the stage named beside it."""
+    """``done`` of ``total`` in ``unit`` (``steps`` of training, ``pairs`` accepted, segmenters' ``runs``) of the stage
+    named beside it."""
 
     done: int
     total: int
@@ -66,6 +85,7 @@ class Job(Contract):
 
     id: JobId
     kind: Kind
+    parent: JobId | None = None
     status: Status
     stage: str | None = None
     progress: Progress | None = None

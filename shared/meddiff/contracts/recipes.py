@@ -117,6 +117,26 @@ class Work(Contract):
     inference_threads: Positive = 1
 
 
+class Evaluation(Contract):
+    """How segmenters are trained and compared. ``size``: side of the square that images are stretched to; ``steps``:
+    the longest training, of which every ``every``-th step may be where an arm stops; ``batch_size``: real pairs of a
+    step, with as many synthetic ones beside them; ``inner_folds``: parts of the training cases held aside in turn to
+    choose the stop; ``pretrain_steps``: steps on synthetic pairs alone where they come first; ``near_duplicate``:
+    cosine similarity of whole images from which two count as one; ``tested``: test cases of a split at most."""
+
+    segmenter: Literal["unet", "efficientnet-unet", "dynunet"] = "efficientnet-unet"
+    size: Annotated[int, Field(ge=64, le=512, multiple_of=32)] = 96
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 240
+    every: Positive = 30
+    batch_size: Annotated[int, Field(ge=1, le=64)] = 6
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    pretrain_steps: Annotated[int, Field(ge=1, le=100_000)] = 120
+    inner_folds: Annotated[int, Field(ge=2, le=10)] = 3
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.97
+    tested: Annotated[int, Field(ge=1, le=10_000)] = 100
+
+
 class Recipe(Contract):
     """Every value a job needs besides its data and its seed."""
 
@@ -128,6 +148,7 @@ class Recipe(Contract):
     inpainting: Inpainting
     quality: Quality = Quality()
     erosion: Erosion = Erosion()
+    evaluation: Evaluation = Evaluation()
     work: Work = Work()
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, StringConstraints, ValidationInfo, field_validator
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
-from meddiff.contracts.base import Contract, DatasetId, Name
+from meddiff.contracts.base import Contract, DatasetId, JobId, Name, Sha256
+from meddiff.contracts.evaluation import ComparedArm, Mixing
 from meddiff.contracts.recipes import CPU, RECIPES, Recipe, override
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -53,9 +54,11 @@ class DatasetReference(Contract):
 
 class FinetuneRequest(Contract):
     """``POST /finetune``. ``dataset_uri``: ``s3://bucket/prefix``, ``s3://bucket/archive.zip``, ``file:///folder``
-    under an allowed root, or a dataset id."""
+    under an allowed root, or a dataset id. ``cases``: digests of the images to learn from, in place of a draw of
+    ``max_pairs``."""
 
     dataset_uri: DatasetUri
+    cases: Annotated[tuple[Sha256, ...], Field(min_length=2, max_length=10_000)] | None = None
     name: Name | None = None
     recipe: RecipeChoice = DEFAULT_RECIPE
     max_pairs: Annotated[int, Field(ge=2, le=10_000)] | None = None
@@ -76,3 +79,52 @@ class GenerateRequest(Contract):
     backgrounds: DatasetId | None = None
     recipe: dict[str, Any] = {}
     metadata: Metadata = {}
+
+
+class EvaluateRequest(Contract):
+    """``POST /evaluate``: what synthetic pairs are worth, on real cases that had no part in making them.
+
+    The pairs are those of ``synthetic_job``, or made by ``model``: then the model's own cases train, and the other
+    cases of the dataset, or those of ``test_uri``, test. Without either a generator is fitted anew for each split: for
+    each of ``folds`` parts of the dataset that test in turn, or else for each of ``draws`` draws of ``train`` cases (by
+    default the recipe's ``max_pairs``). ``synthetic``: numbers of pairs to compare, each with every ``mixing``;
+    ``seeds``: segmenters of each arm and split.
+    """
+
+    dataset_uri: DatasetUri
+    test_uri: DatasetUri | None = None
+    model: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    synthetic_job: JobId | None = None
+    folds: Annotated[int, Field(ge=2, le=20)] | None = None
+    draws: Annotated[int, Field(ge=1, le=20)] | None = None
+    train: Annotated[int, Field(ge=4, le=10_000)] | None = None
+    arms: Annotated[tuple[ComparedArm, ...], Field(min_length=1)] = ("synthetic", "copy-paste", "oracle")
+    synthetic: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Field(min_length=1, max_length=4)] = (90,)
+    mixing: Annotated[tuple[Mixing, ...], Field(min_length=1)] = ("joint",)
+    seeds: Annotated[int, Field(ge=1, le=20)] = 4
+    seed: Seed = 0
+    recipe: RecipeChoice = DEFAULT_RECIPE
+    metadata: Metadata = {}
+
+    @property
+    def fits_generators(self) -> bool:
+        """Whether the job makes its own generators, by child jobs."""
+        return self.model is None and self.synthetic_job is None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        made = [name for name in ("model", "synthetic_job", "folds") if getattr(self, name) is not None]
+        faults = []
+        if len(made) > 1:
+            faults.append(f"give one of model, synthetic_job and folds, not {' and '.join(made)}")
+        if made and (self.draws is not None or self.train is not None):
+            faults.append(f"draws and train are for generators fitted to draws; with {made[0]} the cases are given")
+        if self.test_uri is not None and self.fits_generators:
+            faults.append("test_uri goes with model or synthetic_job; else the dataset's own cases test")
+        for name in ("arms", "synthetic", "mixing"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                faults.append(f"{name} names something twice")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self

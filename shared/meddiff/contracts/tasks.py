@@ -20,6 +20,10 @@ Stage = Literal[
     "inpainting",  # inpainting: images of a shard
     "quality",  # quality: scores and labels of a shard
     "manifest",  # quality: the manifest and the contact sheet
+    "split",  # quality: which cases train and which test
+    "stop",  # training: segmenters on inner folds of an arm, to choose where it stops
+    "segmenter",  # training: one segmenter, and the figures of its test cases
+    "report",  # quality: what the figures say
 ]
 
 QUEUE_OF: dict[Stage, Queue] = {
@@ -35,6 +39,10 @@ QUEUE_OF: dict[Stage, Queue] = {
     "inpainting": "inpainting",
     "quality": "quality",
     "manifest": "quality",
+    "split": "quality",
+    "stop": "training",
+    "segmenter": "training",
+    "report": "quality",
 }
 
 

@@ -7,12 +7,13 @@ from datetime import UTC, datetime
 
 import structlog
 
+from meddiff.contracts.base import Stored
 from meddiff.contracts.jobs import End, Spec
 from meddiff.contracts.tasks import Queue, Task
 from meddiff.planning.leases import Leases, Snapshot
 from meddiff.planning.observe import observe, read_spec
 from meddiff.planning.plan import Ending, plan
-from meddiff.store.keys import JobKeys, active
+from meddiff.store.keys import JobKeys, active, newest
 from meddiff.store.objects import NotFound, ObjectStore
 
 Send = Callable[[Task], None]
@@ -23,6 +24,12 @@ ACTIVE = "active/"
 DEPTH: dict[Queue, int] = {"datasets": 2, "training": 1, "masks": 2, "inpainting": 2, "quality": 2}
 
 log = structlog.get_logger()
+
+
+class Cancel(Stored):
+    """``cancel.json``: a request to stop."""
+
+    requested_at: datetime
 
 
 def advance(store: ObjectStore, leases: Leases, send: Send, tenant: str, job_id: str) -> None:
@@ -42,9 +49,32 @@ def advance(store: ObjectStore, leases: Leases, send: Send, tenant: str, job_id:
     observed = observe(store, leases, spec)
     decision = plan(spec, observed)
     if decision.ending is None:
+        for child in decision.children:
+            submit(store, child)
         _send(leases, send, decision.due)
-    elif not (observed.cancelled and leases.snapshot().runs(tenant, job_id)):
-        finish(store, spec, decision.ending)
+        return
+    going_on = [child for child, status in observed.children.items() if status is None]
+    for child_id in going_on:
+        cancel(store, tenant, child_id, datetime.now(UTC))
+    if observed.cancelled and (going_on or leases.snapshot().runs(tenant, job_id)):
+        return
+    finish(store, spec, decision.ending)
+    if spec.parent is not None:
+        advance(store, leases, send, tenant, spec.parent)
+
+
+def submit(store: ObjectStore, spec: Spec) -> None:
+    """The job exists from its spec on. It is listed before that and active after, for a sweep drops what has no spec;
+    submitting it again changes nothing."""
+    store.put(newest(spec.tenant, spec.id), b"")
+    store.put_json(JobKeys(spec.tenant, spec.id).spec, spec)
+    store.put(active(spec.tenant, spec.id), b"")
+
+
+def cancel(store: ObjectStore, tenant: str, job_id: str, now: datetime) -> None:
+    """Asks the job to stop; asking again, or after its end, changes nothing. Raises ``NotFound``."""
+    read_spec(store, tenant, job_id)
+    store.put_json(JobKeys(tenant, job_id).cancel, Cancel(requested_at=now))
 
 
 def finish(store: ObjectStore, spec: Spec, ending: Ending) -> None:

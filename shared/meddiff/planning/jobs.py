@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Collection
 from datetime import datetime, timedelta
 
 import redis
 
-from meddiff.contracts.base import Stored
-from meddiff.contracts.jobs import End, FinetuneSpec, Job, Spec
+from meddiff.contracts.jobs import End, EvaluateSpec, GenerateSpec, Job, Spec
 from meddiff.contracts.tasks import Marker, Stage
+from meddiff.planning import evaluation
 from meddiff.planning.dispatch import active_jobs
 from meddiff.planning.leases import Leases
 from meddiff.planning.observe import observe, read_marker, read_spec
@@ -19,12 +20,6 @@ from meddiff.store.keys import JobKeys
 from meddiff.store.objects import NotFound, ObjectStore
 
 RECENT = 3  # Markers of a stage that its speed is taken from.
-
-
-class Cancel(Stored):
-    """``cancel.json``: a request to stop."""
-
-    requested_at: datetime
 
 
 def read_job(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> Job:
@@ -42,12 +37,6 @@ def read_job(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> Jo
     return snapshot(spec, observed, _measure(store, leases, spec, observed))
 
 
-def cancel(store: ObjectStore, tenant: str, job_id: str, now: datetime) -> None:
-    """Asks the job to stop; asking again, or after its end, changes nothing. Raises ``NotFound``."""
-    read_spec(store, tenant, job_id)
-    store.put_json(JobKeys(tenant, job_id).cancel, Cancel(requested_at=now))
-
-
 def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed) -> Measured:
     speeds = {
         stage: speed for stage, shards in _finished(observed).items() if (speed := _speed(store, spec, stage, shards))
@@ -60,9 +49,36 @@ def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed)
         leased = leases.snapshot()
         live = leases.live(spec.tenant, spec.id)
         running = leased.runs(spec.tenant, spec.id)
-        return Measured(speeds, live, running, leased.workers, position, started_at)
+        children = _children_seconds(store, leases, spec, observed) if isinstance(spec, EvaluateSpec) else 0.0
+        return Measured(speeds, live, running, leased.workers, position, started_at, children)
     except redis.RedisError:
         return Measured(speeds, started_at=started_at, position=position)
+
+
+def _children_seconds(store: ObjectStore, leases: Leases, spec: EvaluateSpec, observed: Observed) -> float | None:
+    """What the child jobs will still take: each as long as those of its kind that have ended, or as the one that goes
+    on expects. None where neither tells."""
+    if observed.imported is None or observed.splits is None:
+        return None
+    left = 0.0
+    families = (
+        evaluation.finetunes(spec, observed.imported, observed.splits),
+        evaluation.generates(spec, observed.imported, observed.splits),
+    )
+    for children in families:
+        jobs = [read_job(store, leases, one.tenant, one.id) for one in children if one.id in observed.children]
+        taken = [
+            (job.finished_at - job.started_at).total_seconds()
+            for job in jobs
+            if job.finished_at is not None and job.started_at is not None
+        ]
+        coming = [job.eta_seconds for job in jobs if job.finished_at is None and job.eta_seconds is not None]
+        each = statistics.mean(taken) if taken else max(coming, default=None)
+        waiting = len(children) - len(taken) - len(coming)
+        if each is None and waiting and children is families[0]:
+            return None
+        left += sum(coming) + waiting * (each or 0.0)
+    return left
 
 
 def _finished(observed: Observed) -> dict[Stage, Collection[int]]:
@@ -82,7 +98,7 @@ def _speed(store: ObjectStore, spec: Spec, stage: Stage, shards: Collection[int]
 
 def _started_at(store: ObjectStore, spec: Spec) -> datetime | None:
     """When the first task began: its marker's time of writing, less what it took."""
-    first: Stage = "import" if isinstance(spec, FinetuneSpec) else "masks"
+    first: Stage = "masks" if isinstance(spec, GenerateSpec) else "import"
     try:
         marker: Marker = read_marker(store, spec.tenant, spec.id, first, 0)
         written = store.modified(JobKeys(spec.tenant, spec.id).done(first, 0))

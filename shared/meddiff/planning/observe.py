@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
-from meddiff.contracts.jobs import FinetuneSpec, GenerateSpec, Spec
+from meddiff.contracts.evaluation import Split
+from meddiff.contracts.jobs import End, EndStatus, EvaluateSpec, FinetuneSpec, GenerateSpec, Spec
 from meddiff.contracts.tasks import Marker, Stage, TaskFault
+from meddiff.planning import evaluation
 from meddiff.planning.leases import Leases
 from meddiff.planning.plan import Observed
 from meddiff.planning.selection import Entry, Tally, fold, is_full
@@ -39,13 +41,37 @@ def observe(store: ObjectStore, leases: Leases | None, spec: Spec) -> Observed:
     present = store.children(f"{keys.root}/")
     faults = _faults(store, keys) if "faults" in present else {}
     cancelled = "cancel.json" in present
+    if isinstance(spec, GenerateSpec):
+        tally = observe_tally(store, leases, spec) if "done" in present else Tally()
+        beyond = _done_beyond(store, keys, tally.shards) if "done" in present else {}
+        return Observed(beyond, tally=tally, faults=faults, cancelled=cancelled)
+    done = _done(store, keys) if "done" in present else {}
+    imported = _output(store, spec, "import") if 0 in done.get("import", ()) else None
     if isinstance(spec, FinetuneSpec):
-        done = _done(store, keys) if "done" in present else {}
-        imported = _output(store, spec, "import") if 0 in done.get("import", ()) else None
         return Observed(done, imported, faults=faults, cancelled=cancelled)
-    tally = observe_tally(store, leases, spec) if "done" in present else Tally()
-    beyond = _done_beyond(store, keys, tally.shards) if "done" in present else {}
-    return Observed(beyond, tally=tally, faults=faults, cancelled=cancelled)
+    split = _output(store, spec, "split")["splits"] if 0 in done.get("split", ()) else None
+    splits = None if split is None else tuple(Split.model_validate(one) for one in split)
+    reported = _output(store, spec, "report") if 0 in done.get("report", ()) else None
+    children = _children(store, spec, imported, splits) if imported is not None and splits is not None else {}
+    return Observed(
+        done, imported, faults=faults, cancelled=cancelled, splits=splits, reported=reported, children=children
+    )
+
+
+def _children(
+    store: ObjectStore, spec: EvaluateSpec, imported: dict[str, Any], splits: tuple[Split, ...]
+) -> dict[str, EndStatus | None]:
+    children: list[FinetuneSpec | GenerateSpec] = [*evaluation.finetunes(spec, imported, splits)]
+    children += evaluation.generates(spec, imported, splits)
+    found: dict[str, EndStatus | None] = {}
+    for child in children:
+        keys = JobKeys(child.tenant, child.id)
+        try:
+            found[child.id] = store.get_json(keys.end, End).status
+        except NotFound:
+            if store.exists(keys.spec):
+                found[child.id] = None
+    return found
 
 
 def observe_tally(store: ObjectStore, leases: Leases | None, spec: GenerateSpec) -> Tally:

@@ -6,12 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from meddiff.contracts.jobs import EndStatus, FinetuneSpec, GenerateSpec, Spec
+from meddiff.contracts.evaluation import Split
+from meddiff.contracts.jobs import EndStatus, EvaluateSpec, FinetuneSpec, GenerateSpec, Spec
 from meddiff.contracts.problems import Problem, problem
 from meddiff.contracts.recipes import Recipe
 from meddiff.contracts.tasks import KILLED, Stage, Task
+from meddiff.planning import evaluation
 from meddiff.planning.selection import Tally, budget, is_full, next_start_index, wanted
 
 SAME_FAULTS = 3  # A task that failed this often with one error is not tried again (being killed may be anyone's doing),
@@ -30,13 +32,17 @@ ADVICE: dict[str, str] = {
 class Observed:
     """What exists of a job. ``done``: shards with a marker, by stage; of a generate job's shards only those at or
     beyond the tally's watermark need be named. ``imported``: output of the import marker. ``faults``: errors by stage
-    and shard, in the order they happened."""
+    and shard, in the order they happened. Of an evaluation also ``splits``, ``reported`` (output of the report's
+    marker), and ``children``: how those of its child jobs that exist ended, None while they go on."""
 
     done: Mapping[Stage, Collection[int]] = field(default_factory=dict)
     imported: Mapping[str, Any] | None = None
     tally: Tally = field(default_factory=Tally)
     faults: Mapping[tuple[Stage, int], tuple[str, ...]] = field(default_factory=dict)
     cancelled: bool = False
+    splits: tuple[Split, ...] | None = None
+    reported: Mapping[str, Any] | None = None
+    children: Mapping[str, EndStatus | None] = field(default_factory=dict)
 
     def has(self, stage: Stage, shard: int = 0) -> bool:
         return shard in self.done.get(stage, ())
@@ -53,10 +59,12 @@ class Ending:
 
 @dataclass(frozen=True)
 class Plan:
-    """``due``: tasks whose inputs exist and whose output does not, the most urgent first. ``ending``: set where
-    nothing remains to be done; a cancelled job waits with it until its workers have let go."""
+    """``due``: tasks whose inputs exist and whose output does not, the most urgent first. ``children``: jobs to be
+    started. ``ending``: set where nothing remains to be done; a cancelled job waits with it until its workers have let
+    go and its child jobs have ended."""
 
     due: tuple[Task, ...] = ()
+    children: tuple[FinetuneSpec | GenerateSpec, ...] = ()
     ending: Ending | None = None
 
 
@@ -75,7 +83,12 @@ def plan(spec: Spec, observed: Observed) -> Plan:
     """What is due, and how the job ends where it does."""
     if observed.cancelled:
         return Plan(ending=Ending("cancelled", problem=problem("cancelled", "The job was cancelled on request.")))
-    following = _plan_finetune(spec, observed) if isinstance(spec, FinetuneSpec) else _plan_generate(spec, observed)
+    if isinstance(spec, FinetuneSpec):
+        following = _plan_finetune(spec, observed)
+    elif isinstance(spec, GenerateSpec):
+        following = _plan_generate(spec, observed)
+    else:
+        following = _plan_evaluate(spec, observed)
     poison = _poison(following.due, observed)
     return Plan(ending=Ending("failed", problem=poison)) if poison is not None else following
 
@@ -162,6 +175,45 @@ def _generated(spec: GenerateSpec, tally: Tally) -> Ending:
         f"A further generate job with start_index {next_start_index(tally, spec)} goes on from here."
     )
     return Ending("incomplete", result, problem("attempts-exhausted", detail))
+
+
+def _plan_evaluate(spec: EvaluateSpec, observed: Observed) -> Plan:
+    first = {"import": observed.imported, "split": observed.splits}
+    for stage, output in first.items():
+        if output is None:
+            return Plan((Task(tenant=spec.tenant, job_id=spec.id, stage=cast(Stage, stage)),))
+    assert observed.imported is not None
+    assert observed.splits is not None
+    if observed.reported is not None:
+        return Plan(ending=Ending("succeeded", dict(observed.reported)))
+    for child, status in observed.children.items():
+        if status in ("failed", "cancelled"):
+            return Plan(ending=Ending("failed", problem=problem("child-failed", f"Job {child} {status}.")))
+    due: dict[Task, None] = {}
+    for number, run in enumerate(evaluation.runs(spec, observed.splits)):
+        if observed.has("segmenter", number):
+            continue
+        made = observed.children.get(evaluation.pairs_job(spec, run.split)) in ("succeeded", "incomplete")
+        if run.arm.source is not None and not made and spec.synthetic_job is None:
+            continue
+        stage, shard = ("segmenter", number) if observed.has("stop", run.stop) else ("stop", run.stop)
+        due[Task(tenant=spec.tenant, job_id=spec.id, stage=cast(Stage, stage), shard=shard)] = None
+    children = tuple(_children_due(spec, observed, observed.imported, observed.splits))
+    if not due and all(status is not None for status in observed.children.values()) and not children:
+        return Plan((Task(tenant=spec.tenant, job_id=spec.id, stage="report"),))
+    return Plan(tuple(due), children)
+
+
+def _children_due(
+    spec: EvaluateSpec, observed: Observed, imported: Mapping[str, Any], splits: tuple[Split, ...]
+) -> Iterator[FinetuneSpec | GenerateSpec]:
+    """Child jobs that can start: the pairs of a split once its generator is there."""
+    fitted = evaluation.finetunes(spec, imported, splits)
+    yield from (child for child in fitted if child.id not in observed.children)
+    for number, child in enumerate(evaluation.generates(spec, imported, splits)):
+        ready = not fitted or observed.children.get(fitted[number].id) == "succeeded"
+        if ready and child.id not in observed.children:
+            yield child
 
 
 def _poison(due: Iterable[Task], observed: Observed) -> Problem | None:

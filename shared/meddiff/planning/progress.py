@@ -6,17 +6,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from meddiff.contracts.jobs import End, FinetuneSpec, GenerateSpec, Job, Progress, Spec, Status
+from meddiff.contracts.jobs import End, EvaluateSpec, FinetuneSpec, GenerateSpec, Job, Progress, Spec, Status
 from meddiff.contracts.tasks import QUEUE_OF, Stage
+from meddiff.planning import evaluation
 from meddiff.planning.leases import Live
 from meddiff.planning.plan import Observed, finetune_steps, plan, segment_range
 from meddiff.planning.selection import wanted
 
-# Seconds for a unit of work of a stage relative to a training step (fine-tune) or to a candidate inpainted (generate):
-# what an estimate assumes of a stage until its speed has been measured in this job.
+# Seconds for a unit of work of a stage relative to a training step (fine-tune), to a candidate inpainted (generate) or
+# to a segmenter trained (evaluate): what an estimate assumes of a stage until its speed has been measured in this job.
 PRIOR: dict[Stage, float] = {
     "import": 0.2, "cache": 4.0, "inpainter": 1.0, "repair": 1.0, "mask_generator": 0.3, "backgrounds": 20.0,
     "calibrate": 1.0, "publish": 10.0, "masks": 0.2, "inpainting": 1.0, "quality": 0.2, "manifest": 0.1,
+    "split": 0.2, "stop": 2.0, "segmenter": 1.0, "report": 0.5,
 }  # fmt: skip
 TRAINING: tuple[Stage, ...] = ("inpainter", "repair", "mask_generator")
 
@@ -25,7 +27,8 @@ TRAINING: tuple[Stage, ...] = ("inpainter", "repair", "mask_generator")
 class Measured:
     """What is known beyond the plan's inputs. ``speeds``: seconds for a unit by stage, from markers; ``live``: running
     tasks' own words; ``running``: whether any worker holds a lease of the job; ``workers``: live ones by queue;
-    ``position``: 1 for the first of the jobs that have not ended."""
+    ``position``: 1 for the first of the jobs that have not ended; ``children_seconds``: what the child jobs of an
+    evaluation will still take, None where nothing tells yet."""
 
     speeds: Mapping[Stage, float] = field(default_factory=dict)
     live: Collection[Live] = ()
@@ -33,11 +36,12 @@ class Measured:
     workers: Mapping[str, int] = field(default_factory=dict)
     position: int | None = None
     started_at: datetime | None = None
+    children_seconds: float | None = 0.0
 
 
 def ended(spec: Spec, end: End, started_at: datetime | None) -> Job:
     """The job after its end."""
-    total = _total(spec, None)
+    total = _total(spec, None) if not isinstance(spec, EvaluateSpec) else int(end.result.get("runs", 0))
     done = end.result.get("accepted", total) if end.status in ("succeeded", "incomplete") else None
     return _job(
         spec,
@@ -54,7 +58,7 @@ def snapshot(spec: Spec, observed: Observed, measured: Measured) -> Job:
     """The job before its end. ``eta_seconds`` is absent until a speed has been measured."""
     started = bool(observed.done) or observed.tally.shards > 0 or measured.running
     due = plan(spec, observed).due
-    stage = due[0].stage if due else None
+    stage = due[0].stage if due else "generators" if observed.children else None
     status: Status = "running"
     if observed.cancelled:
         status = "cancelling"
@@ -80,12 +84,17 @@ def _job(spec: Spec, **state: object) -> Job:
     links = {"self": here, "cancel": f"{here}/cancel", "previews": f"{here}/previews"}
     if isinstance(spec, FinetuneSpec):
         links["model"] = f"/models/{spec.model_id}"
-    else:
+    elif isinstance(spec, GenerateSpec):
         links["manifest"] = f"{here}/manifest"
+    else:
+        links["report"] = f"{here}/report"
+    if spec.parent is not None:
+        links["parent"] = f"/jobs/{spec.parent}"
     return Job.model_validate(
         {
             "id": spec.id,
             "kind": spec.kind,
+            "parent": spec.parent,
             "created_at": spec.created_at,
             "request": spec.request.model_dump(mode="json"),
             "recipe": spec.recipe,
@@ -96,8 +105,11 @@ def _job(spec: Spec, **state: object) -> Job:
     )
 
 
+UNIT = {"finetune": "steps", "generate": "pairs", "evaluate": "runs"}
+
+
 def _unit(spec: Spec) -> str:
-    return "steps" if isinstance(spec, FinetuneSpec) else "pairs"
+    return UNIT[spec.kind]
 
 
 def _segments(spec: FinetuneSpec, stage: Stage, shards: Collection[int]) -> int:
@@ -117,12 +129,17 @@ def _parts(spec: FinetuneSpec, observed: Observed | None) -> dict[Stage, range]:
 def _total(spec: Spec, observed: Observed | None) -> int:
     if isinstance(spec, GenerateSpec):
         return spec.request.count
+    if isinstance(spec, EvaluateSpec):
+        splits = observed.splits if observed is not None else None
+        return len(evaluation.runs(spec, splits)) if splits else 0
     return sum(_segments(spec, stage, shards) for stage, shards in _parts(spec, observed).items())
 
 
 def _done(spec: Spec, observed: Observed, live: Collection[Live]) -> int:
     if isinstance(spec, GenerateSpec):
         return len(observed.tally.accepted)
+    if isinstance(spec, EvaluateSpec):
+        return len(observed.done.get("segmenter", ()))
     finished = sum(_segments(spec, stage, observed.done.get(stage, ())) for stage in TRAINING)
     within = sum(_within(spec, one) for one in live if one.stage in TRAINING and not observed.has(one.stage, one.shard))
     return min(finished + within, _total(spec, observed))
@@ -136,6 +153,14 @@ def _within(spec: FinetuneSpec, live: Live) -> int:
 
 def _remaining(spec: Spec, observed: Observed) -> dict[Stage, float]:
     """Units still to be done, by stage."""
+    if isinstance(spec, EvaluateSpec):
+        runs = evaluation.runs(spec, observed.splits) if observed.splits else ()
+        stops = {run.stop for run in runs}
+        return {
+            "stop": len(stops) - len(observed.done.get("stop", ())),
+            "segmenter": len(runs) - len(observed.done.get("segmenter", ())),
+            "report": 1,
+        }
     if isinstance(spec, GenerateSpec):
         shards = range(observed.tally.shards, wanted(observed.tally, spec))
         chain: tuple[Stage, ...] = ("quality", "inpainting", "masks")
@@ -168,9 +193,11 @@ def _speeds(measured: Measured) -> dict[Stage, float]:
     return speeds | {stage: speed for stage, speed in measured.speeds.items() if stage != "import"}
 
 
-def _eta(spec: Spec, remaining: Mapping[Stage, float], speeds: Mapping[Stage, float], measured: Measured) -> float:
+def _eta(
+    spec: Spec, remaining: Mapping[Stage, float], speeds: Mapping[Stage, float], measured: Measured
+) -> float | None:
     """Seconds until the end. A fine-tune's stages follow one another; a generate job's overlap, so that the slowest
-    decides, its queue's workers sharing it."""
+    decides, its queue's workers sharing it; an evaluation's segmenters train beside its child jobs."""
     unit = sum(speeds[stage] / PRIOR[stage] for stage in speeds) / len(speeds)
     within: dict[Stage, float] = {}
     for one in measured.live:
@@ -182,5 +209,10 @@ def _eta(spec: Spec, remaining: Mapping[Stage, float], speeds: Mapping[Stage, fl
     }
     if isinstance(spec, FinetuneSpec):
         return round(sum(seconds.values()), 1)
+    if isinstance(spec, EvaluateSpec):
+        if measured.children_seconds is None:
+            return None
+        trainers = max(1, measured.workers.get("training", 0))
+        return round((sum(seconds.values()) + measured.children_seconds) / trainers, 1)
     shared = {stage: s / max(1, measured.workers.get(QUEUE_OF[stage], 0)) for stage, s in seconds.items()}
     return round(max(shared.values()) + seconds["manifest"], 1)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from monai.networks.nets import DynUNet as MonaiDynUNet
 from torch import Tensor, nn
 
 from meddiff.science.encoders import efficientnet_lite0
@@ -79,7 +80,27 @@ class EfficientNetUNet(nn.Module):
         return F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-SEGMENTERS: dict[str, Callable[[], nn.Module]] = {"unet": UNet, "efficientnet-unet": EfficientNetUNet}
+class DynUNet(nn.Module):
+    """The U-Net that nnU-Net would plan for a small image (Isensee et al., Nature Methods 2021), as MONAI builds it:
+    instance normalisation, strided convolutions, random weights."""
+
+    def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 128, 160)) -> None:
+        super().__init__()
+        strides = (1, *(2,) * (len(widths) - 1))
+        self.network = MonaiDynUNet(
+            2, 3, 1, kernel_size=(3,) * len(widths), strides=strides, upsample_kernel_size=strides[1:], filters=widths
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(2 * images - 1)
+        return logits
+
+
+SEGMENTERS: dict[str, Callable[[], nn.Module]] = {
+    "unet": UNet,
+    "efficientnet-unet": EfficientNetUNet,
+    "dynunet": DynUNet,
+}
 
 
 def build(name: str, seed: int) -> nn.Module:

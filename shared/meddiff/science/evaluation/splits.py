@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
+from meddiff.science.encoders import Encoder
+from meddiff.science.geometry import Image, resize_image
 from meddiff.seeds import derive
 
-NEAR_DUPLICATE = 0.97
-"""Cosine similarity of whole-image embeddings from which two images count as one."""
+VIEWED = 160  # Side that whole images are stretched to before they are embedded.
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,24 @@ class Draw:
     test: tuple[int, ...]
 
 
-def groups(patients: Sequence[str | None], embeddings: NDArray[np.float32]) -> list[int]:
+def whole_image_embeddings(encoder: Encoder, images: Sequence[Image]) -> NDArray[np.float32]:
+    """Unit vectors (n, d) of images (H, W, C) as a whole."""
+    return np.stack([_embedded(encoder, image) for image in images])
+
+
+def _embedded(encoder: Encoder, image: Image) -> NDArray[np.float32]:
+    small = resize_image(image.astype(np.float32) / np.float32(255), (VIEWED, VIEWED)).clip(0, 1)
+    pixels = np.broadcast_to(small, (VIEWED, VIEWED, 3)).transpose(2, 0, 1).copy()
+    return np.asarray(encoder(torch.from_numpy(pixels)[None])[0].cpu().numpy())
+
+
+def groups(
+    patients: Sequence[str | None], embeddings: NDArray[np.float32], near_duplicate: float
+) -> list[int]:  # fmt: skip
     """A number for each case's group: cases of one patient, or with nearly the same picture, are in one, and so is who
-    is in a group with either. ``embeddings``: unit vectors (n, d) of the whole images."""
-    alike = embeddings @ embeddings.T >= NEAR_DUPLICATE
+    is in a group with either. ``embeddings``: unit vectors (n, d) of the whole images; ``near_duplicate``: their cosine
+    similarity from which two count as one."""
+    alike = embeddings @ embeddings.T >= near_duplicate
     names = np.array([patient if patient is not None else f"\0{n}" for n, patient in enumerate(patients)])
     _, found = connected_components(csr_array(alike | (names[:, None] == names[None, :])), directed=False)
     return [int(group) for group in found]

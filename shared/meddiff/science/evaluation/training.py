@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from meddiff.contracts.evaluation import Mixing
+from meddiff.contracts.recipes import Evaluation
 from meddiff.science.geometry import Image, Mask, resize_image
 from meddiff.seeds import derive
 
 WARMUP_STEPS = 20
+WEIGHT_DECAY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -38,50 +41,44 @@ def _fitted(image: Image, size: int) -> Tensor:
     return torch.from_numpy(np.broadcast_to(small, (size, size, 3)).transpose(2, 0, 1).copy())
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Steps of ``batch_size`` real pairs each, with as many synthetic ones beside them where there are any; AdamW at a
-    constant ``learning_rate`` after a warm-up; the weights are an exponential moving average, looked at every ``every``
-    steps, so a training of N steps is the beginning of a longer one."""
-
-    steps: int = 400
-    every: int = 50
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-3
-    ema_decay: float = 0.98
-
-
 def fit(
     network: nn.Module,
     real: Pairs,
     synthetic: Pairs | None,
-    schedule: Schedule,
+    settings: Evaluation,
+    steps: int,
     seed: int,
-    should_stop: Callable[[], bool] = lambda: False,
+    mixing: Mixing = "joint",
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> Iterator[tuple[int, nn.Module]]:
-    """Joint training (real and synthetic in every batch): steps done and the network with averaged weights, the same
-    object each time, to be used before the next is asked for.
+    """Training for ``steps`` steps of ``settings.batch_size`` real pairs; joint: with as many synthetic ones beside
+    them; pretrain: after ``settings.pretrain_steps`` of synthetic ones alone. AdamW at a constant rate after a warm-up.
 
-    Step s draws pairs and augmentation from its own seed; the real ones it draws do not depend on the synthetic ones.
+    Every ``settings.every`` steps and at the end: the steps done and the network with its averaged weights (an
+    exponential moving average), the same object each time, to be used before the next is asked for. A training of N
+    steps is the beginning of a longer one, and the real pairs a step draws do not depend on the synthetic ones.
+    ``on_step`` gets the steps done and ends the training by what it raises.
     """
-    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema_decay), use_buffers=True)
-    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=schedule.weight_decay)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
+    first = settings.pretrain_steps if synthetic is not None and mixing == "pretrain" else 0
     network.train()
-    for step in range(schedule.steps):
-        if should_stop():
-            return
-        optimiser.param_groups[0]["lr"] = schedule.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS)
-        parts = [_drawn(real, schedule.batch_size, derive(seed, "real", step))]
-        if synthetic is not None:
-            parts.append(_drawn(synthetic, schedule.batch_size, derive(seed, "synthetic", step)))
+    for step in range(-first, steps):
+        on_step(step)
+        parts = []
+        if step >= 0:
+            parts.append(_drawn(real, settings.batch_size, derive(seed, "real", step)))
+        if synthetic is not None and (step < 0 or mixing == "joint"):
+            parts.append(_drawn(synthetic, settings.batch_size, derive(seed, "synthetic", step)))
         images, masks = (torch.cat(field) for field in zip(*parts, strict=True))
+        optimiser.param_groups[0]["lr"] = settings.learning_rate * min(1.0, (step + first + 1) / WARMUP_STEPS)
         optimiser.zero_grad()
-        segmentation_loss(network(images), masks).backward()
+        segmentation_loss(network(images.contiguous(memory_format=torch.channels_last)), masks).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         averaged.update_parameters(network)
-        if (step + 1) % schedule.every == 0 or step + 1 == schedule.steps:
+        if step >= 0 and ((step + 1) % settings.every == 0 or step + 1 == steps):
             yield step + 1, averaged.module.eval()
 
 
@@ -112,7 +109,8 @@ def _drawn(pairs: Pairs, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def augmented(images: Tensor, masks: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mirrored, turned, scaled and moved together (beyond the frame the image is mirrored, and so is its mask); then
-    the images alone in contrast, brightness, gamma, colour balance, blur and noise."""
+    the images alone in contrast, brightness, gamma, colour balance, blur, resolution and noise: the list of nnU-Net
+    (Isensee et al., Nature Methods 2021), with colour."""
     n = len(images)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -134,5 +132,7 @@ def augmented(images: Tensor, masks: Tensor, draw: torch.Generator) -> tuple[Ten
     images = images.clamp(0, 1) ** uniform(-0.3, 0.3, 1, 1, 1).exp()
     blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
     images = torch.lerp(images, blurred, (uniform(-1, 1, 1, 1, 1)).clamp(min=0))
+    coarse = F.interpolate(F.interpolate(images, scale_factor=0.5, mode="area"), images.shape[-2:], mode="bilinear")
+    images = torch.where(uniform(0, 1, 1, 1, 1) < 0.25, coarse, images)
     noise = torch.randn(images.shape, generator=draw) * uniform(0, 0.03, 1, 1, 1)
     return (images + noise).clamp(0, 1), masks

@@ -1,4 +1,4 @@
-"""Identifiers: UUIDs of version 7 (RFC 9562), and the model id that belongs to a job."""
+"""Identifiers: UUIDs of version 7 (RFC 9562), and what is named after a job: its model, its child jobs."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ def created_at(job_id: str) -> datetime:
 def model_id_of(job_id: str) -> str:
     """Id of the model that a fine-tune makes: a function of its job."""
     return "md_" + sha256_hex(job_id.encode())[:32]
+
+
+def child_id(job_id: str, *path: str | int) -> str:
+    """Id of the job that ``job_id`` starts for ``path``: a UUIDv7 of the same millisecond, its other bits a hash."""
+    milliseconds = uuid.UUID(job_id).int >> 80
+    digest = int(sha256_hex("/".join(map(str, (job_id, *path))).encode()), 16)
+    fraction, rest = digest >> 244, digest & ((1 << 62) - 1)
+    return str(uuid.UUID(int=milliseconds << 80 | 7 << 76 | fraction << 64 | 2 << 62 | rest))

@@ -1,0 +1,85 @@
+"""One arm on one split: where its training stops, chosen among the training cases, and the figures of test cases."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from meddiff.contracts.evaluation import Mixing
+from meddiff.contracts.recipes import Evaluation
+from meddiff.science.evaluation import figures, segmenters, splits, training
+from meddiff.science.evaluation.figures import Figures
+from meddiff.science.geometry import Image, Mask
+from meddiff.seeds import derive
+
+Pair = tuple[Image, Mask]
+OnStep = Callable[[int, int], None]
+"""Called at each training step with the steps done and the steps in all; what it raises ends the training."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an arm's segmenters are trained on. ``made_from``: of each synthetic pair the places of the real ones that
+    it shows (its donor, its background)."""
+
+    real: Sequence[Pair]
+    synthetic: Sequence[Pair] = ()
+    made_from: Sequence[frozenset[int]] = ()
+    mixing: Mixing = "joint"
+
+
+def stop_curve(material: Material, settings: Evaluation, seed: int, on_step: OnStep) -> dict[int, float]:
+    """Mean Dice of the training cases, each held aside in one of ``settings.inner_folds`` trainings, by steps trained.
+
+    A synthetic pair that shows a case held aside is left out of that training.
+    """
+    parts = splits.folds(range(len(material.real)), settings.inner_folds, seed)
+    dice: dict[int, list[float]] = defaultdict(list)
+    for number, held in enumerate(parts):
+        inside = [pair for place, pair in enumerate(material.real) if place not in held]
+        apart = [not origin & set(held) for origin in material.made_from]
+        kept = [pair for pair, fit in zip(material.synthetic, apart, strict=True) if fit]
+        told = _from(on_step, number * settings.steps, len(parts) * settings.steps)
+        apart_from = Material(inside, kept, mixing=material.mixing)
+        for steps, network in _fitted(apart_from, settings, settings.steps, derive(seed, "inner", number), told):
+            dice[steps] += [judge(network, settings, material.real[place]).dice for place in held]
+    return {steps: float(np.mean(values)) for steps, values in dice.items()}
+
+
+def _from(on_step: OnStep, begun: int, total: int) -> Callable[[int], None]:
+    return lambda step: on_step(begun + max(step, 0), total)
+
+
+def best_stop(curve: Mapping[int, float]) -> int:
+    """The step of the highest Dice, each averaged with its neighbours: a single one is too noisy to choose by."""
+    steps = sorted(curve)
+    smooth = {
+        step: np.mean([curve[near] for near in steps[max(0, place - 1) : place + 2]])
+        for place, step in enumerate(steps)
+    }
+    return max(steps, key=lambda step: smooth[step])
+
+
+def trained(material: Material, settings: Evaluation, steps: int, seed: int, on_step: OnStep) -> nn.Module:
+    """A segmenter trained for ``steps`` steps, its weights averaged."""
+    (*_, (_, network)) = _fitted(material, settings, steps, seed, _from(on_step, 0, steps))
+    return network
+
+
+def _fitted(
+    material: Material, settings: Evaluation, steps: int, seed: int, on_step: Callable[[int], None]
+) -> Iterator[tuple[int, nn.Module]]:
+    real = training.Pairs.of(material.real, settings.size)
+    synthetic = training.Pairs.of(material.synthetic, settings.size) if material.synthetic else None
+    network = segmenters.build(settings.segmenter, derive(seed, "weights"))
+    return training.fit(network, real, synthetic, settings, steps, derive(seed, "batches"), material.mixing, on_step)
+
+
+def judge(network: nn.Module, settings: Evaluation, pair: Pair) -> Figures:
+    """The figures of what the segmenter sees in an image, against its mask."""
+    image, mask = pair
+    return figures.figures(training.predict(network, image, settings.size), mask)
