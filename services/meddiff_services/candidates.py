@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 from meddiff.contracts.base import Contract, DatasetId
 from meddiff.contracts.dataset import Case
 from meddiff.contracts.manifest import Window
+from meddiff.science import inpainting
 from meddiff.store.keys import ModelKeys
 
-from meddiff_services.cases import Loaded, load
-from meddiff_services.pictures import Pixels, decode_png
+from meddiff_services.cases import Job, Loaded, load
+from meddiff_services.pictures import Mask, Pixels, decode_png
 from meddiff_services.worker import Work
 
 
@@ -37,7 +39,7 @@ def drawn(work: Work) -> list[Candidate]:
     return [Candidate.model_validate(c) for c in work.marker("masks", work.shard).output["candidates"]]
 
 
-def background_image(work: Work, candidate: Candidate) -> Pixels:
+def background_image(work: Job, candidate: Candidate) -> Pixels:
     """The picture below the lesion: the case itself, or the model's repaired copy of it."""
     if candidate.repaired:
         key = ModelKeys(work.tenant, work.spec.model_id).background(candidate.background.id)
@@ -45,6 +47,14 @@ def background_image(work: Work, candidate: Candidate) -> Pixels:
     return load_ground(work, candidate).image
 
 
-def load_ground(work: Work, candidate: Candidate) -> Loaded:
+def load_ground(work: Job, candidate: Candidate) -> Loaded:
     """The case that the background is, with the lesion that the guide covers."""
     return load(work, candidate.dataset_id, candidate.background)
+
+
+def composite(work: Job, candidate: Candidate, shape: Mask, guide: Mask) -> Pixels:
+    """The donor's lesion fitted into the shape on the background, colours matched: what painting starts from."""
+    donor = load(work, work.spec.dataset_id, candidate.donor)
+    old = np.zeros_like(shape) if candidate.repaired else load_ground(work, candidate).mask
+    background = background_image(work, candidate)
+    return inpainting.fit_lesion(background, shape, guide, donor.image, donor.mask, cover=old)

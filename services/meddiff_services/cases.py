@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from meddiff.contracts.dataset import Case
 from meddiff.contracts.jobs import GenerateSpec
 from meddiff.contracts.models import ModelCard
-from meddiff.contracts.recipes import Recipe, override
-from meddiff.importing import first_of_each_picture, load_case, load_dataset, select_cases
+from meddiff.contracts.recipes import Recipe, with_prompt
+from meddiff.importing import chosen_cases, first_of_each_picture, load_case, load_dataset
 from meddiff.store.keys import ModelKeys
+from meddiff.store.objects import ObjectStore
 
 from meddiff_services.pictures import Mask, Pixels
 from meddiff_services.worker import Work
+
+
+class Job(Protocol):
+    """A job whose objects are read: the one in hand, or one it builds on."""
+
+    @property
+    def store(self) -> ObjectStore: ...
+
+    @property
+    def tenant(self) -> str: ...
+
+    @property
+    def spec(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class OtherJob:
+    """A job that the one in hand builds on."""
+
+    store: ObjectStore
+    tenant: str
+    spec: Any
 
 
 @dataclass(frozen=True)
@@ -26,7 +50,7 @@ class Loaded:
     mask: Mask
 
 
-def load(work: Work, dataset_id: str, case: Case) -> Loaded:
+def load(work: Job, dataset_id: str, case: Case) -> Loaded:
     """One case from the store."""
     image, mask = load_case(work.store, work.tenant, dataset_id, case)
     return Loaded(dataset_id, case, image, mask if mask is not None else np.zeros(image.shape[:2], np.bool_))
@@ -38,25 +62,23 @@ def imported(work: Work) -> str:
 
 
 def training_cases(work: Work, dataset_id: str) -> tuple[Case, ...]:
-    """The pairs a fine-tune learns from: a function of dataset, ``max_pairs`` and ``split_seed``. A generate job finds
-    them in its model's card."""
+    """The pairs a fine-tune learns from: a function of dataset and request. A generate job finds them in its model's
+    card."""
     dataset = load_dataset(work.store, work.tenant, dataset_id)
     spec = work.spec
     if isinstance(spec, GenerateSpec):
         by_digest = first_of_each_picture(dataset)
         return tuple(by_digest[digest] for digest in model_card(work).cases)
-    return select_cases(dataset, spec.request.max_pairs or spec.recipe.max_pairs, spec.request.split_seed)
+    return chosen_cases(dataset, spec.request, spec.recipe.max_pairs)
 
 
 def finetuning_recipe(work: Work) -> Recipe:
     """The recipe of a fine-tune, with the prompt that came with the dataset where the request names none."""
     recipe: Recipe = work.spec.recipe
     prompt = work.marker("import", 0).output["prompt"]
-    if prompt is None or "prompt" in work.spec.request.recipe.override.get("finetuning", {}):
-        return recipe
-    return override(recipe, {"finetuning": {"prompt": prompt}})
+    return with_prompt(recipe, work.spec.request.recipe.override, prompt)
 
 
-def model_card(work: Work) -> ModelCard:
+def model_card(work: Job) -> ModelCard:
     """Card of the model in use."""
     return work.store.get_json(ModelKeys(work.tenant, work.spec.model_id).card, ModelCard)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -144,6 +144,46 @@ def generate(
             override=_override(changes),
         )
         _follow(client, job, detach=detach, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    dataset: Annotated[
+        str, typer.Argument(help="A dataset id, an s3:// or file:// URI, a local folder or zip archive.")
+    ],
+    model: Annotated[str | None, typer.Option(help="Judge pairs that this model makes.")] = None,
+    synthetic_job: Annotated[str | None, typer.Option(help="Judge the pairs of this generate job.")] = None,
+    folds: Annotated[int | None, typer.Option(help="Fit a generator for each of so many folds.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Fit a generator for each of so many draws.")] = None,
+    train: Annotated[int | None, typer.Option(help="Cases that train in each draw; else the recipe's.")] = None,
+    test: Annotated[str | None, typer.Option(help="A dataset to test on, where the pairs are given.")] = None,
+    pairs: Annotated[list[int] | None, typer.Option(help="Synthetic pairs to train with; repeatable.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Segmenters of each arm and split.")] = 4,
+    recipe: Annotated[str, typer.Option(help="paper, gpu or cpu.")] = DEFAULT_RECIPE.name,
+    changes: Changes = None,
+    page: Annotated[Path | None, typer.Option(help="Write the report there, as one HTML page.")] = None,
+    detach: Detach = False,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Find out what synthetic pairs are worth: Dice with and without them, on cases that had no part in making them."""
+    with _client(url) as client:
+        where = [client.upload(Path(one)).id if one and Path(one).exists() else one for one in (dataset, test)]
+        choices: dict[str, Any] = {
+            "test_uri": where[1], "model": model, "synthetic_job": synthetic_job, "folds": folds, "draws": draws,
+            "train": train, "seeds": seeds, "recipe": {"name": recipe, "override": _override(changes)},
+        }  # fmt: skip
+        if pairs:
+            choices["synthetic"] = pairs
+        job = client.evaluate(str(where[0]), **choices)
+        _follow(client, job, detach=detach, as_json=as_json, on_success=lambda: _keep_page(client, job, page))
+
+
+def _keep_page(client: Client, job: Job, page: Path | None) -> None:
+    if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_bytes(client.report_page(job.id))
+        err.print(f"the report is in {page}")
 
 
 @app.command()
@@ -300,7 +340,9 @@ def _faults_printed() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _follow(client: Client, job: Job, *, detach: bool, as_json: bool) -> None:
+def _follow(
+    client: Client, job: Job, *, detach: bool, as_json: bool, on_success: Callable[[], None] = lambda: None
+) -> None:  # fmt: skip
     if detach:
         _print_job(job, as_json=as_json)
         return
@@ -314,6 +356,8 @@ def _follow(client: Client, job: Job, *, detach: bool, as_json: bool) -> None:
         err.print(f"follow the job again with: meddiff jobs {job.id} --wait")
         raise
     _print_job(job, as_json=as_json)
+    if job.status == "succeeded":
+        on_success()
     raise typer.Exit(0 if job.status == "succeeded" else 1)
 
 

@@ -19,12 +19,13 @@ import httpx
 
 from meddiff.contracts.base import sha256_hex
 from meddiff.contracts.dataset import Dataset, DatasetList, DatasetSummary, ValidationReport
+from meddiff.contracts.evaluation import Report
 from meddiff.contracts.jobs import ENDED, Job, JobList, Kind, Preview, PreviewList, Status
 from meddiff.contracts.manifest import Manifest
 from meddiff.contracts.models import ModelCard, ModelList
 from meddiff.contracts.problems import Problem
 from meddiff.contracts.recipes import Recipe
-from meddiff.contracts.requests import DEFAULT_RECIPE
+from meddiff.contracts.requests import DEFAULT_RECIPE, EvaluateRequest
 
 DELIVERED = ("image", "label", "shape", "guide")
 """The pictures of a pair that ``pull`` fetches."""
@@ -116,6 +117,20 @@ class Client:
             "metadata": metadata or {},
         }
         return Job.model_validate_json(self._post("/generate", json=body))
+
+    def evaluate(self, dataset_uri: str, **choices: Any) -> Job:
+        """``POST /evaluate``: what synthetic pairs are worth. ``choices`` are the fields of ``EvaluateRequest``, e.g.
+        ``folds=5`` or ``synthetic_job=job.id``. Returns the accepted job."""
+        request = EvaluateRequest(dataset_uri=dataset_uri, **choices)
+        return Job.model_validate_json(self._post("/evaluate", json=request.model_dump(mode="json")))
+
+    def report(self, job_id: str) -> Report:
+        """``GET /jobs/{id}/report``."""
+        return Report.model_validate_json(self._get(f"{_job(job_id)}/report").content)
+
+    def report_page(self, job_id: str) -> bytes:
+        """``GET /jobs/{id}/report?format=html``: one page that needs nothing beside it."""
+        return self._get(f"{_job(job_id)}/report", params={"format": "html"}).content
 
     def job(self, job_id: str) -> Job:
         """``GET /jobs/{id}``."""

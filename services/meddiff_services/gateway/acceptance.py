@@ -7,14 +7,15 @@ from typing import Any, TypeVar
 
 from meddiff.contracts.base import JobId, Sha256, Stored, canonical_json, sha256_hex
 from meddiff.contracts.ids import created_at, model_id_of, uuid7
-from meddiff.contracts.jobs import FinetuneSpec, GenerateSpec, Spec
+from meddiff.contracts.jobs import EvaluateSpec, FinetuneSpec, GenerateSpec, Spec
+from meddiff.contracts.models import ModelCard
 from meddiff.contracts.problems import Fault, ProblemError
 from meddiff.contracts.recipes import CPU, Quality, Recipe, override
-from meddiff.contracts.requests import FinetuneRequest, GenerateRequest
+from meddiff.contracts.requests import EvaluateRequest, FinetuneRequest, GenerateRequest
 from meddiff.importing import check_uri, is_dataset_id, load_dataset
 from meddiff.planning.dispatch import submit
 from meddiff.planning.observe import read_spec
-from meddiff.store.keys import DatasetKeys, idempotency
+from meddiff.store.keys import DatasetKeys, JobKeys, idempotency
 from meddiff.store.objects import NotFound
 from pydantic import ValidationError
 
@@ -30,7 +31,7 @@ CALIBRATED = frozenset(Quality.model_fields) - {"max_shape_iou"}
 
 NO_MODEL = "there is no model of that id or name; one that is being fine-tuned is there once its job has succeeded"
 
-R = TypeVar("R", FinetuneRequest, GenerateRequest)
+R = TypeVar("R", FinetuneRequest, GenerateRequest, EvaluateRequest)
 
 
 class Accepted(Stored):
@@ -105,6 +106,57 @@ def generate_spec(here: Backends, request: GenerateRequest, job_id: JobId) -> Ge
         model_id=card.id,
         dataset_id=card.dataset_id,
     )
+
+
+def evaluate_spec(here: Backends, request: EvaluateRequest, job_id: JobId) -> EvaluateSpec:
+    """Raises ``ProblemError`` with every fault: no such dataset, model or job, no manifest yet, values that the recipe
+    cannot take; and where a dataset may not be read."""
+    faults: list[Fault] = []
+    for field, uri in (("dataset_uri", request.dataset_uri), ("test_uri", request.test_uri)):
+        if uri is not None and is_dataset_id(uri):
+            faults += _missing_dataset(here, field, uri)
+    recipe = request.recipe.resolve()
+    card: ModelCard | None = None
+    if not request.fits_generators:
+        card, found = _maker(here, request)
+        faults += found
+        detail = "the pairs are there or their model is: only the evaluation part can be changed"
+        changed = sorted(set(request.recipe.override) - {"evaluation"})
+        faults += [Fault(pointer=f"/recipe/override/{part}", detail=detail) for part in changed]
+        if card is not None:
+            recipe = card.recipe.model_copy(update={"evaluation": recipe.evaluation})
+    _raise_if_any(faults)
+    for uri in (request.dataset_uri, request.test_uri):
+        if uri is not None and not is_dataset_id(uri):
+            check_uri(uri, here.settings)
+    return EvaluateSpec(
+        tenant=here.tenant,
+        id=job_id,
+        created_at=created_at(job_id),
+        request=request,
+        recipe=recipe,
+        model_id=card.id if card is not None else None,
+        model_dataset_id=card.dataset_id if card is not None else None,
+        synthetic_job=request.synthetic_job,
+    )
+
+
+def _maker(here: Backends, request: EvaluateRequest) -> tuple[ModelCard | None, list[Fault]]:
+    """The card of the model that made the pairs, or is to make them."""
+    if request.model is not None:
+        card = find_model(here, request.model)
+        return card, [] if card is not None else [Fault(pointer="/model", detail=NO_MODEL)]
+    assert request.synthetic_job is not None
+    try:
+        made = read_spec(here.store, here.tenant, request.synthetic_job)
+    except NotFound:
+        return None, [Fault(pointer="/synthetic_job", detail="there is no job of that id")]
+    if not isinstance(made, GenerateSpec):
+        return None, [Fault(pointer="/synthetic_job", detail="it is no generate job")]
+    if not here.store.exists(JobKeys(here.tenant, made.id).manifest):
+        return None, [Fault(pointer="/synthetic_job", detail="the job has no manifest, or none yet")]
+    card = find_model(here, made.model_id)
+    return card, [] if card is not None else [Fault(pointer="/synthetic_job", detail="its model is no longer there")]
 
 
 def _submitted(here: Backends, spec: Spec) -> Spec:

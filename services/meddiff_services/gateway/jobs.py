@@ -1,4 +1,4 @@
-"""``/finetune``, ``/generate`` and ``/jobs``: accepting jobs, telling where they stand, stopping them."""
+"""``/finetune``, ``/generate``, ``/evaluate`` and ``/jobs``: accepting jobs, telling how they stand, stopping them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fastapi.concurrency import run_in_threadpool
 from meddiff.contracts.base import canonical_json, sha256_hex
 from meddiff.contracts.jobs import ENDED, Job, JobList, Kind, Spec, Status
 from meddiff.contracts.problems import Fault, ProblemError
-from meddiff.contracts.requests import FinetuneRequest, GenerateRequest
+from meddiff.contracts.requests import EvaluateRequest, FinetuneRequest, GenerateRequest
 from meddiff.planning.dispatch import advance, cancel
 from meddiff.planning.jobs import read_job
 from meddiff.planning.observe import read_spec
 from meddiff.store.keys import JobKeys, job_of_newest, newest, newest_root
 from meddiff.store.objects import NotFound
 
-from meddiff_services.gateway.acceptance import accept, finetune_spec, generate_spec
+from meddiff_services.gateway.acceptance import accept, evaluate_spec, finetune_spec, generate_spec
 from meddiff_services.gateway.backends import Backends, Here
 from meddiff_services.gateway.problems import UNREACHABLE, documented
 
@@ -57,6 +57,16 @@ GENERATE_EXAMPLES: dict[str, Any] = {
     "by name": {"value": {"model": "skin", "count": 64, "seed": 7}},
     "go on": {"value": {"model": "skin", "count": 64, "seed": 7, "start_index": 128}},
 }
+EVALUATE_EXAMPLES: dict[str, Any] = {
+    "thirty cases": {"value": {"dataset_uri": "s3://hospital/skin/pairs.zip", "folds": 5}},
+    "pairs that are there": {
+        "value": {
+            "dataset_uri": "ds_0123456789abcdef0123456789abcdef",
+            "synthetic_job": "0197f000-0000-7000-8000-000000000001",
+            "synthetic": [64],
+        }
+    },
+}
 IdempotencyKey = Annotated[str | None, _KEY]
 
 
@@ -80,6 +90,18 @@ def generate(
 ) -> Job:
     """Make ``count`` accepted pairs with a model."""
     return _accepted(here, accept(here, request, generate_spec, idempotency_key), response)
+
+
+@router.post("/evaluate", status_code=202, responses={**_ACCEPTED, **documented("source-refused")})
+def evaluate(
+    request: Annotated[EvaluateRequest, Body(openapi_examples=EVALUATE_EXAMPLES)],
+    here: Here,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+) -> Job:
+    """Find out what synthetic pairs are worth: segmenters with and without them, on cases that had no part in making
+    them."""
+    return _accepted(here, accept(here, request, evaluate_spec, idempotency_key), response)
 
 
 @router.get("/jobs")

@@ -6,10 +6,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi.responses import RedirectResponse
 from meddiff.contracts.base import sha256_hex
 from meddiff.contracts.dataset import Dataset
+from meddiff.contracts.evaluation import Report
 from meddiff.contracts.jobs import GenerateSpec, Preview, PreviewList
 from meddiff.contracts.manifest import Manifest, Pair
 from meddiff.contracts.problems import ProblemError
@@ -23,6 +24,7 @@ from meddiff_services.gateway.problems import documented
 router = APIRouter(tags=["results"])
 
 PNG = "image/png"
+HTML = "text/html"
 _PICTURE: dict[str, Any] = {
     "response_class": Response,
     "responses": {
@@ -37,6 +39,30 @@ _PICTURE: dict[str, Any] = {
 def get_manifest(job_id: str, here: Here) -> Manifest:
     """Every synthetic pair of a generate job, where it came from, and what was turned away."""
     return _manifest(here, job_id)
+
+
+@router.get(
+    "/jobs/{job_id}/report",
+    response_model=Report,
+    responses={
+        200: {"content": {HTML: {"schema": {"type": "string"}}}, "description": "The report, as JSON or as HTML"},
+        **documented("not-found", "not-ready"),
+    },
+)
+def get_report(
+    job_id: str,
+    here: Here,
+    format: Annotated[Literal["json", "html"] | None, Query(description="Else as ``Accept`` prefers")] = None,
+    accept: Annotated[str, Header()] = "",
+) -> Response:
+    """What an evaluation found: the verdict first. As HTML it is one page that needs nothing beside it."""
+    find_spec(here, job_id)
+    wanted = format or ("html" if "html" in accept and "json" not in accept else "json")
+    try:
+        data = here.store.get(JobKeys(here.tenant, job_id).report(wanted))
+    except NotFound:
+        raise ProblemError("not-ready", "The job has no report, or none yet") from None
+    return Response(data, media_type=HTML if wanted == "html" else "application/json")
 
 
 @router.get("/jobs/{job_id}/contact_sheet", **_PICTURE)

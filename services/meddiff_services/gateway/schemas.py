@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
+from meddiff.contracts.evaluation import Report
 from meddiff.contracts.manifest import Manifest
 
 router = APIRouter(tags=["schemas"])
@@ -22,6 +23,18 @@ def manifest_schema() -> dict[str, Any]:
     return dialect | Manifest.model_json_schema(mode="serialization")
 
 
+def report_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of an evaluation's report as it is served."""
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return dialect | Report.model_json_schema(mode="serialization")
+
+
+@router.get("/schemas/report.json")
+def get_report_schema() -> dict[str, Any]:
+    """JSON Schema of the report."""
+    return report_schema()
+
+
 @router.get("/schemas/manifest.json")
 def get_manifest_schema() -> dict[str, Any]:
     """JSON Schema of the manifest."""
@@ -29,7 +42,8 @@ def get_manifest_schema() -> dict[str, Any]:
 
 
 def write(folder: Path) -> None:
-    """``manifest.schema.json`` in ``folder``."""
+    """``manifest.schema.json`` and ``report.schema.json`` in ``folder``."""
+    (folder / "report.schema.json").write_text(json.dumps(report_schema(), indent=2) + "\n")
     (folder / "manifest.schema.json").write_text(json.dumps(manifest_schema(), indent=2) + "\n")
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from meddiff.contracts.tasks import Stage
-from meddiff.importing import load_case
 from meddiff.importing.pixels import encode_png
 from meddiff.science import inpainting
 from meddiff.science.foundation import Foundation
@@ -17,7 +15,7 @@ from meddiff.seeds import derive
 from meddiff.store.keys import ModelKeys
 from safetensors.torch import load_file
 
-from meddiff_services.candidates import Candidate, background_image, drawn, load_ground
+from meddiff_services.candidates import Candidate, background_image, composite, drawn
 from meddiff_services.cases import finetuning_recipe, imported, load, training_cases
 from meddiff_services.loading import fetch_folder, fingerprint, load_foundation, load_model
 from meddiff_services.pictures import decode_mask
@@ -48,12 +46,7 @@ def _canvas(work: Work, candidate: Candidate) -> inpainting.Canvas:
     background = background_image(work, candidate)
     shape = decode_mask(work.store.get(work.keys.candidate(candidate.index, "shape")))
     guide = decode_mask(work.store.get(work.keys.candidate(candidate.index, "guide")))
-    start = None
-    if work.spec.recipe.inpainting.strength < 1:
-        image, mask = load_case(work.store, work.tenant, work.spec.dataset_id, candidate.donor)
-        assert mask is not None
-        old = np.zeros_like(shape) if candidate.repaired else load_ground(work, candidate).mask
-        start = inpainting.fit_lesion(background, shape, guide, image, mask, cover=old)
+    start = composite(work, candidate, shape, guide) if work.spec.recipe.inpainting.strength < 1 else None
     return inpainting.Canvas(background, shape, guide, start, derive(candidate.seed, "noise"))
 
 

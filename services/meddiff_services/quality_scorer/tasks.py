@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from meddiff import __version__, signatures
 from meddiff.contracts.base import sha256_hex
-from meddiff.contracts.dataset import Case
+from meddiff.contracts.dataset import Case, Dataset
+from meddiff.contracts.jobs import EvaluateSpec, FinetuneSpec
 from meddiff.contracts.manifest import (
     Background,
     Counts,
@@ -21,7 +22,7 @@ from meddiff.contracts.manifest import (
     Scores,
 )
 from meddiff.contracts.tasks import Stage
-from meddiff.importing import import_dataset, load_dataset, open_source, select_cases
+from meddiff.importing import chosen_cases, import_dataset, is_dataset_id, load_dataset, open_source
 from meddiff.importing.pixels import encode_mask
 from meddiff.planning import selection
 from meddiff.science import erosion, quality
@@ -31,6 +32,8 @@ from meddiff_services.candidates import Candidate, background_image, drawn
 from meddiff_services.cases import imported, load, model_card, training_cases
 from meddiff_services.loading import load_encoder
 from meddiff_services.pictures import Mask, Pixels, decode_mask, decode_png, overlay, sheet
+from meddiff_services.quality_scorer.reporting import report
+from meddiff_services.quality_scorer.splitting import split
 from meddiff_services.worker import Outcome, Work
 
 SHEET_PAIRS = 100
@@ -38,26 +41,29 @@ SHEET_PAIRS = 100
 
 def import_(work: Work) -> Outcome:
     """Read, judge and store the dataset; every fault ends the job before any training."""
-    request = work.spec.request
-    if request.dataset_uri.startswith("ds_"):
-        dataset = load_dataset(work.store, work.tenant, request.dataset_uri)
-    else:
-        with open_source(request.dataset_uri, work.settings, work.store) as source:
-            dataset = import_dataset(
-                source, work.store, work.tenant, lambda done, total: work.progress(done, total, "cases")
-            )
-    cases = select_cases(dataset, request.max_pairs or work.spec.recipe.max_pairs, request.split_seed)
-    return Outcome(
-        units=len(dataset.cases),
-        output={
-            "dataset_id": dataset.id,
-            "layout": dataset.layout,
-            "pairs": len(cases),
-            "backgrounds": len(dataset.backgrounds),
-            "prompt": dataset.prompt,
-            "cases": [case.image_sha256 for case in cases],
-        },
-    )
+    spec: FinetuneSpec | EvaluateSpec = work.spec
+    dataset = _dataset(work, spec.request.dataset_uri)
+    output = {
+        "dataset_id": dataset.id,
+        "layout": dataset.layout,
+        "backgrounds": len(dataset.backgrounds),
+        "prompt": dataset.prompt,
+    }
+    if isinstance(spec, EvaluateSpec):
+        test = _dataset(work, spec.request.test_uri) if spec.request.test_uri is not None else None
+        return Outcome(len(dataset.cases), output | {"test_dataset_id": test.id if test is not None else None})
+    cases = chosen_cases(dataset, spec.request, spec.recipe.max_pairs)
+    digests = [case.image_sha256 for case in cases]
+    return Outcome(len(dataset.cases), output | {"pairs": len(cases), "cases": digests})
+
+
+def _dataset(work: Work, uri: str) -> Dataset:
+    if is_dataset_id(uri):
+        return load_dataset(work.store, work.tenant, uri)
+    with open_source(uri, work.settings, work.store) as source:
+        return import_dataset(
+            source, work.store, work.tenant, lambda done, total: work.progress(done, total, "cases")
+        )  # fmt: skip
 
 
 def calibrate(work: Work) -> Outcome:
@@ -220,4 +226,6 @@ STAGES: dict[Stage, Callable[[Work], Outcome]] = {
     "calibrate": calibrate,
     "quality": score,
     "manifest": manifest,
+    "split": split,
+    "report": report,
 }

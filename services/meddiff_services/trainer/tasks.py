@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from meddiff_services.cases import finetuning_recipe, imported, load, training_cases
 from meddiff_services.loading import device, fingerprint, load_encoder, load_foundation
 from meddiff_services.pictures import Pixels, sheet
+from meddiff_services.trainer.segmenting import segmenter, stop
 from meddiff_services.worker import Outcome, Stopped, Work
 
 KEPT_CHECKPOINTS = 2
@@ -273,4 +274,6 @@ STAGES: dict[Stage, Callable[[Work], Outcome]] = {
     "repair": repair,
     "mask_generator": mask_generator_segment,
     "publish": publish,
+    "stop": stop,
+    "segmenter": segmenter,
 }

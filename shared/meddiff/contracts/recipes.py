@@ -6,6 +6,7 @@ what the design adds to the paper, ``cpu`` is the built-in foundation at 128 px.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -133,7 +134,7 @@ class Evaluation(Contract):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
     pretrain_steps: Annotated[int, Field(ge=1, le=100_000)] = 120
     inner_folds: Annotated[int, Field(ge=2, le=10)] = 3
-    near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.97
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.95
     tested: Annotated[int, Field(ge=1, le=10_000)] = 100
 
 
@@ -240,3 +241,10 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         }
 
     return Recipe.model_validate(merge(recipe.model_dump(mode="json"), changes))
+
+
+def with_prompt(recipe: Recipe, changes: Mapping[str, Any], prompt: str | None) -> Recipe:
+    """``recipe`` with the prompt that came with a dataset, unless the request's ``changes`` name one."""
+    if prompt is None or "prompt" in changes.get("finetuning", {}):
+        return recipe
+    return override(recipe, {"finetuning": {"prompt": prompt}})

@@ -1,6 +1,7 @@
 """Datasets come in here: from wherever they lie, in whatever layout, into one stored form."""
 
 from meddiff.importing.datasets import (
+    chosen_cases,
     first_of_each_picture,
     import_dataset,
     load_case,
@@ -13,6 +14,7 @@ from meddiff.importing.sources import Source, check_uri, is_dataset_id, open_arc
 __all__ = [
     "Source",
     "check_uri",
+    "chosen_cases",
     "first_of_each_picture",
     "import_dataset",
     "is_dataset_id",

@@ -14,6 +14,7 @@ from typing import IO, Literal
 from meddiff.contracts.base import sha256_hex
 from meddiff.contracts.dataset import Case, Dataset, Role, ValidationReport, dataset_id_of
 from meddiff.contracts.problems import Fault, ProblemError
+from meddiff.contracts.requests import FinetuneRequest
 from meddiff.importing.pixels import (
     DecodedImage,
     Mask,
@@ -140,6 +141,24 @@ def select_cases(dataset: Dataset, max_pairs: int | None, seed: int) -> tuple[Ca
         turn[patient] += 1
     spread = sorted(range(len(drawn)), key=lambda i: turns[i])
     return tuple(drawn[i] for i in spread[:max_pairs])
+
+
+def chosen_cases(dataset: Dataset, request: FinetuneRequest, max_pairs: int) -> tuple[Case, ...]:
+    """The pairs that a request names, or those that ``select_cases`` draws for it.
+
+    Raises ``ProblemError`` ``invalid-dataset`` naming every digest that is no pair of the dataset.
+    """
+    if request.cases is None:
+        return select_cases(dataset, request.max_pairs or max_pairs, request.split_seed)
+    pairs = first_of_each_picture(dataset)
+    faults = [
+        Fault(pointer=f"/cases/{place}", detail="no pair of the dataset has an image of this digest")
+        for place, digest in enumerate(request.cases)
+        if digest not in pairs
+    ]
+    if faults:
+        raise ProblemError("invalid-dataset", f"{len(faults)} of the cases named are not in the dataset", faults)
+    return tuple(pairs[digest] for digest in request.cases)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 from meddiff.contracts.evaluation import REAL, Arm, Split
 from meddiff.contracts.ids import child_id, model_id_of
 from meddiff.contracts.jobs import EvaluateSpec, FinetuneSpec, GenerateSpec
-from meddiff.contracts.recipes import Recipe, override
+from meddiff.contracts.recipes import with_prompt
 from meddiff.contracts.requests import EvaluateRequest, FinetuneRequest, GenerateRequest
 from meddiff.seeds import derive
 
@@ -123,10 +123,3 @@ def _needs_pairs(request: EvaluateRequest) -> bool:
 def pairs_job(spec: EvaluateSpec, split: int) -> str:
     """Id of the generate job whose pairs a split's arms train on."""
     return spec.synthetic_job or child_id(spec.id, "generate", split)
-
-
-def with_prompt(recipe: Recipe, changes: Mapping[str, Any], prompt: str | None) -> Recipe:
-    """``recipe`` with the prompt that came with a dataset, unless the request's ``changes`` name one."""
-    if prompt is None or "prompt" in changes.get("finetuning", {}):
-        return recipe
-    return override(recipe, {"finetuning": {"prompt": prompt}})

@@ -133,6 +133,18 @@ class JobKeys:
     def training_log(self, part: str, segment: int) -> str:
         return f"{self.root}/logs/{join(part, f'{segment:08d}.jsonl')}"
 
+    def rows(self, run: int) -> str:
+        """Figures of the test cases of an evaluation's run."""
+        return f"{self.root}/rows/{join(f'{run:08d}.jsonl')}"
+
+    def segmenter(self, split: int, arm: str) -> str:
+        """Weights of the first segmenter of an arm on a split."""
+        return f"{self.root}/segmenters/{join(f'{split:04d}', arm.replace(' ', '_') + '.safetensors')}"
+
+    def report(self, suffix: str) -> str:
+        """``suffix``: json or html."""
+        return f"{self.root}/{join(f'report.{suffix}')}"
+
     @property
     def candidates_root(self) -> str:
         return f"{self.root}/candidates/"

@@ -1,0 +1,162 @@
+"""Which cases of an evaluation train and which test. No test case meets a pair that it had a part in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from meddiff.contracts.dataset import Case, Dataset
+from meddiff.contracts.evaluation import Split
+from meddiff.contracts.jobs import EvaluateSpec, GenerateSpec
+from meddiff.contracts.models import ModelCard
+from meddiff.contracts.problems import Fault, ProblemError
+from meddiff.importing import first_of_each_picture, load_dataset
+from meddiff.planning.observe import read_spec
+from meddiff.science.evaluation import splits
+from meddiff.store.keys import ModelKeys
+
+from meddiff_services.cases import Loaded, load
+from meddiff_services.loading import load_encoder
+from meddiff_services.pictures import Pixels
+from meddiff_services.trials import pairs_manifest
+from meddiff_services.worker import Outcome, Work
+
+LEAST_TESTED = 4
+"""Groups of cases that are left to test, before more real cases are given to the oracle."""
+
+
+def split(work: Work) -> Outcome:
+    """The splits: by patient, near-duplicates on one side. Raises ``ProblemError`` ``leak`` naming every test case that
+    had a part in making the pairs, and ``invalid-dataset`` where too few cases are left."""
+    torch.set_num_threads(work.spec.recipe.work.inference_threads)
+    spec: EvaluateSpec = work.spec
+    output = work.marker("import", 0).output
+    dataset = load_dataset(work.store, work.tenant, output["dataset_id"])
+    cases = list(first_of_each_picture(dataset).values())
+    group_of = _groups(work, dataset, cases)
+    try:
+        found = _drawn(spec, cases, group_of) if spec.request.fits_generators else _given(work, cases, group_of)
+    except ValueError as error:
+        raise ProblemError("invalid-dataset", f"The dataset cannot be split: {error}") from None
+    notes = [f"{len(set(group_of))} groups of cases (a patient, or nearly the same picture) among {len(cases)}"]
+    return Outcome(len(cases), {"splits": [one.model_dump(mode="json") for one in found], "notes": notes})
+
+
+def _groups(work: Work, dataset: Dataset, cases: Sequence[Case]) -> list[int]:
+    images = [load(work, dataset.id, case).image for case in cases]
+    vectors = _embeddings(work, images)
+    patients = [case.patient for case in cases]
+    return splits.groups(patients, vectors, work.spec.recipe.evaluation.near_duplicate)
+
+
+def _embeddings(work: Work, images: Sequence[Pixels]) -> np.ndarray:
+    return splits.whole_image_embeddings(load_encoder(work.spec.recipe.quality, work.settings, work.store), images)
+
+
+def _drawn(spec: EvaluateSpec, cases: Sequence[Case], group_of: Sequence[int]) -> list[Split]:
+    """Splits whose generators are still to be fitted: k folds, or draws. Raises ``ValueError``: too few groups."""
+    request, tested = spec.request, spec.recipe.evaluation.tested
+
+    def named(places: Sequence[int]) -> tuple[str, ...]:
+        return tuple(cases[place].image_sha256 for place in places)
+
+    if request.folds is not None:
+        parts = splits.folds(group_of, request.folds, request.seed)
+        rest = [[place for place in range(len(cases)) if place not in part] for part in parts]
+        return [Split(train=named(others), test=named(part[:tested])) for part, others in zip(parts, rest, strict=True)]
+    train = request.train or spec.recipe.max_pairs
+    extra = max(0, min(train, len(set(group_of)) - train - LEAST_TESTED))
+    draws = [
+        splits.draw(group_of, train, extra, tested, request.seed + number) for number in range(request.draws or 1)
+    ]  # fmt: skip
+    return [Split(train=named(one.train), extra=named(one.extra), test=named(one.test)) for one in draws]
+
+
+# ----------------------------------------------------------------------------------------------------- given pairs
+
+
+@dataclass(frozen=True)
+class Part:
+    """A picture that had a part in making the pairs, and which."""
+
+    loaded: Loaded
+    role: str
+
+
+def _given(work: Work, cases: Sequence[Case], group_of: Sequence[int]) -> list[Split]:
+    """The one split of pairs that are there, or that a model makes: its own cases train, others test."""
+    spec: EvaluateSpec = work.spec
+    card = work.store.get_json(ModelKeys(work.tenant, spec.model_id or "").card, ModelCard)
+    own = set(card.cases)
+    train = [place for place, case in enumerate(cases) if case.image_sha256 in own]
+    if not train:
+        detail = "None of the model's cases is in this dataset: give the dataset it was made from, and test_uri"
+        raise ProblemError("invalid-dataset", detail)
+    test_dataset = work.marker("import", 0).output["test_dataset_id"]
+    if test_dataset is None:
+        taken = {group_of[place] for place in train}
+        tests = [(work.marker("import", 0).output["dataset_id"], cases[place]) for place in _apart(group_of, taken)]
+    else:
+        found = first_of_each_picture(load_dataset(work.store, work.tenant, test_dataset)).values()
+        tests = [(test_dataset, case) for case in found]
+    if not tests:
+        detail = "No case is left to test on: give others as test_uri, or ask for folds"
+        raise ProblemError("invalid-dataset", detail)
+    tests = tests[: spec.recipe.evaluation.tested]
+    _refuse_leaks(work, [load(work, *test) for test in tests], list(_parts(work, card)))
+    return [
+        Split(
+            train=tuple(cases[place].image_sha256 for place in train),
+            test=tuple(case.image_sha256 for _, case in tests),
+        )
+    ]
+
+
+def _apart(group_of: Sequence[int], taken: set[int]) -> list[int]:
+    return [place for place, group in enumerate(group_of) if group not in taken]
+
+
+def _parts(work: Work, card: ModelCard) -> Iterator[Part]:
+    """Every picture that had a part in making the pairs: the model's cases, and the backgrounds and masks that a
+    generate job took from elsewhere."""
+    by_digest = first_of_each_picture(load_dataset(work.store, work.tenant, card.dataset_id))
+    for digest in card.cases:
+        yield Part(load(work, card.dataset_id, by_digest[digest]), "the model was made from it")
+    if work.spec.synthetic_job is None:
+        return
+    made = read_spec(work.store, work.tenant, work.spec.synthetic_job)
+    assert isinstance(made, GenerateSpec)
+    manifest = pairs_manifest(work.store, work.tenant, made.id)
+    behind = {pair.background.sha256: pair.index for pair in reversed(manifest.pairs)}
+    for role, dataset_id in (("background", made.request.backgrounds), ("mask", made.request.masks)):
+        if dataset_id is None:
+            continue
+        for case in load_dataset(work.store, work.tenant, dataset_id).cases:
+            if role == "mask" and case.role == "pair":
+                yield Part(load(work, dataset_id, case), "its mask was there to be a shape")
+            if role == "background" and case.image_sha256 in behind:
+                pair = behind[case.image_sha256]
+                yield Part(load(work, dataset_id, case), f"it is the background of pair {pair}")
+
+
+def _refuse_leaks(work: Work, tests: Sequence[Loaded], parts: Sequence[Part]) -> None:
+    threshold = work.spec.recipe.evaluation.near_duplicate
+    roles = {part.loaded.case.image_sha256: part.role for part in reversed(parts)}
+    alike = _embeddings(work, [one.image for one in tests]) @ _embeddings(work, [p.loaded.image for p in parts]).T
+    faults = []
+    for test, row in zip(tests, alike, strict=True):
+        digest, nearest = test.case.image_sha256, int(row.argmax())
+        reason = roles.get(digest)
+        if reason is None and row[nearest] >= threshold:
+            other = parts[nearest]
+            reason = (
+                f"nearly the same picture (cosine similarity {row[nearest]:.3f}, at least {threshold:g}) as image "
+                f"{other.loaded.case.image_sha256}: {other.role}"
+            )
+        if reason is not None:
+            faults.append(Fault(pointer=f"cases/{test.case.id}", detail=f"image {digest}: {reason}"))
+    if faults:
+        detail = f"{len(faults)} test case(s) had a part in making the synthetic pairs; test on others"
+        raise ProblemError("leak", detail, faults)

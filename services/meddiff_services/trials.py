@@ -1,0 +1,96 @@
+"""The trials of an evaluation, from the store: its splits and runs, and what an arm's segmenters are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from meddiff.contracts.dataset import Case
+from meddiff.contracts.evaluation import Arm, Split
+from meddiff.contracts.jobs import GenerateSpec
+from meddiff.contracts.manifest import Manifest, Pair
+from meddiff.importing import first_of_each_picture, load_dataset
+from meddiff.planning import evaluation
+from meddiff.planning.observe import read_marker, read_spec
+from meddiff.science.evaluation import trials
+from meddiff.science.evaluation.trials import Material
+from meddiff.store.keys import JobKeys
+from meddiff.store.objects import ObjectStore
+
+from meddiff_services.candidates import Candidate, composite
+from meddiff_services.cases import Loaded, OtherJob, load
+from meddiff_services.pictures import decode_mask, decode_png
+from meddiff_services.worker import Work
+
+
+def splits(work: Work) -> tuple[Split, ...]:
+    """The evaluation's splits, as its ``split`` task drew them."""
+    return tuple(Split.model_validate(one) for one in work.marker("split", 0).output["splits"])
+
+
+def cases_by_digest(work: Work) -> dict[str, tuple[str, Case]]:
+    """Every pair that trains or tests, with the dataset it lies in."""
+    output = work.marker("import", 0).output
+    found: dict[str, tuple[str, Case]] = {}
+    for dataset_id in (output["test_dataset_id"], output["dataset_id"]):
+        if dataset_id is not None:
+            pairs = first_of_each_picture(load_dataset(work.store, work.tenant, dataset_id))
+            found |= {digest: (dataset_id, case) for digest, case in pairs.items()}
+    return found
+
+
+def load_cases(work: Work, digests: Sequence[str]) -> list[Loaded]:
+    """Cases by the digests of their images."""
+    known = cases_by_digest(work)
+    return [load(work, *known[digest]) for digest in digests]
+
+
+def material(work: Work, number: int, arm: Arm) -> Material:
+    """What an arm trains on in split ``number``."""
+    split = splits(work)[number]
+    wanted = [*split.train, *split.extra][: max(1, round(arm.share * len(split.train)))]
+    real = [(case.image, case.mask) for case in load_cases(work, wanted)]
+    if arm.source is None:
+        return Material(real)
+    pairs = made(work, number)
+    places = {digest: place for place, digest in enumerate(split.train)}
+    synthetic: list[trials.Pair] = []
+    origins: list[frozenset[int]] = []
+    for pair, candidate in pairs[: arm.pairs]:
+        synthetic.append(_picture(work, number, arm, pair, candidate))
+        shown = {candidate.donor.image_sha256, candidate.background.image_sha256}
+        origins.append(frozenset(places[digest] for digest in shown & places.keys()))
+        work.raise_if_stopped()
+    return Material(real, synthetic, origins, arm.mixing)
+
+
+def _picture(work: Work, number: int, arm: Arm, pair: Pair, candidate: Candidate) -> trials.Pair:
+    if arm.source == "synthetic":
+        return decode_png(work.store.get(pair.image.key)), decode_mask(work.store.get(pair.label.key))
+    shape, guide = (decode_mask(work.store.get(picture.key)) for picture in (pair.shape, pair.guide))
+    return composite(_makers(work, number), candidate, shape, guide), shape
+
+
+def made(work: Work, number: int) -> list[tuple[Pair, Candidate]]:
+    """The synthetic pairs of split ``number`` and what each was made from."""
+    job = _makers(work, number)
+    spec: GenerateSpec = job.spec
+    manifest = pairs_manifest(work.store, spec.tenant, spec.id)
+    size = spec.recipe.work.shard_size
+    shards = sorted({(pair.index - spec.request.start_index) // size for pair in manifest.pairs})
+    candidates = [
+        Candidate.model_validate(one)
+        for shard in shards
+        for one in read_marker(work.store, spec.tenant, spec.id, "masks", shard).output["candidates"]
+    ]
+    by_index = {candidate.index: candidate for candidate in candidates}
+    return [(pair, by_index[pair.index]) for pair in manifest.pairs]
+
+
+def _makers(work: Work, number: int) -> OtherJob:
+    job_id = evaluation.pairs_job(work.spec, number)
+    return OtherJob(work.store, work.tenant, read_spec(work.store, work.tenant, job_id))
+
+
+def pairs_manifest(store: ObjectStore, tenant: str, job_id: str) -> Manifest:
+    """Raises ``NotFound``: the job has no manifest, or none yet."""
+    return store.get_json(JobKeys(tenant, job_id).manifest, Manifest)
