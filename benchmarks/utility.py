@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from meddiff.contracts.base import Contract
 from meddiff.contracts.evaluation import REAL, Row
 from meddiff.contracts.recipes import CPU, Recipe, override
@@ -213,11 +213,12 @@ def pairs_of(trial: Trial, cases: Cases, draw: splits.Draw, variant: Variant) ->
     seed = derive(cases.name, "generator", trial.draw)
     name = f"{cases.name}-{trial.development:d}-{trial.train}-{trial.draw}-{derive(recipe.model_dump_json()):x}"
     path = trial.cache / f"{name}.safetensors"
-    if not path.exists():
-        fitted = fit(train, cases.healthy, recipe, seed)
-        partial = path.with_suffix(f".{os.getpid()}")
-        save_file({key: tensor.contiguous() for key, tensor in fitted.items()}, partial)
-        partial.replace(path)
+    with FileLock(path.with_suffix(".lock")):  # Another process may need the same one.
+        if not path.exists():
+            fitted = fit(train, cases.healthy, recipe, seed)
+            partial = path.with_suffix(".partial")
+            save_file({key: tensor.contiguous() for key, tensor in fitted.items()}, partial)
+            partial.replace(path)
     painting = _painting(recipe, variant)
     generator = Generator(
         train, cases.healthy, painting, load_file(path), retexture=variant.retexture, decoys=variant.decoys

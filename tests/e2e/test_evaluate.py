@@ -16,6 +16,7 @@ from meddiff.client import Client
 from meddiff.contracts.base import sha256_hex
 from meddiff.contracts.jobs import Job
 from meddiff.embedded import stack
+from meddiff.embedded.servers import sockets_removed
 from meddiff.importing.pixels import decode_image, encode_png
 from PIL import Image
 
@@ -27,7 +28,16 @@ SMALL = {
     "inpainting": {"solver_steps": 4},
     "quality": {"far_quantile": 0.0},
     "work": {"shard_size": 4},
-    "evaluation": {"segmenter": "unet", "size": 64, "steps": 12, "every": 6, "inner_folds": 2, "batch_size": 4},
+    "evaluation": {
+        "segmenter": "unet",
+        "size": 64,
+        "steps": 40,
+        "every": 20,
+        "inner_folds": 2,
+        "batch_size": 4,
+        "learning_rate": 3e-3,
+        "ema_decay": 0.9,
+    },
 }
 
 
@@ -51,10 +61,11 @@ class Service:
 
     def kill(self) -> None:
         """Every process at once, as a power cut would."""
-        for member in self.running.members:
-            if (process := member.process()) is not None:
-                for one in [process, *process.children(recursive=True)]:
-                    os.kill(one.pid, signal.SIGKILL)
+        members = [process for member in self.running.members if (process := member.process()) is not None]
+        pids = [one.pid for process in members for one in (process, *process.children(recursive=True))]
+        with sockets_removed(pids):
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
         stack.down(self.home / "stack")
 
     def until(self, job_id: str, reached: Callable[[Job], bool]) -> Job:

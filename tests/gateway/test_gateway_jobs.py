@@ -12,7 +12,7 @@ import httpx
 import pytest
 from gateways import Gateway
 from meddiff.contracts.ids import created_at, uuid7
-from meddiff.contracts.jobs import End, FinetuneSpec, GenerateSpec
+from meddiff.contracts.jobs import End, EvaluateSpec, FinetuneSpec, GenerateSpec
 from meddiff.planning.observe import read_spec
 from meddiff.store.keys import DatasetKeys, JobKeys, active
 from stored import put_dataset, put_generated, put_model
@@ -266,3 +266,42 @@ def test_ids_sort_by_time_and_say_when_they_were_made() -> None:
     early = uuid7()
     time.sleep(0.001)
     assert early < uuid7()
+
+
+def test_an_evaluation_of_given_pairs_takes_its_recipe_from_their_model(gateway: Gateway) -> None:
+    made = put_generated(gateway.store, gateway.tenant)
+    changes = {"recipe": {"override": {"evaluation": {"steps": 7}}}}
+    body = {"dataset_uri": made.spec.dataset_id, "synthetic_job": made.spec.id, **changes}
+    response = gateway.http.post("/evaluate", json=body)
+    assert response.status_code == 202, response.json()
+    job = response.json()
+    assert job["links"]["report"] == f"/jobs/{job['id']}/report"
+    spec = read_spec(gateway.store, gateway.tenant, job["id"])
+    assert isinstance(spec, EvaluateSpec)
+    assert (spec.model_id, spec.synthetic_job) == (made.spec.model_id, made.spec.id)
+    assert spec.recipe.evaluation.steps == 7
+    report = gateway.http.get(f"/jobs/{job['id']}/report")
+    assert (report.status_code, report.json()["type"]) == (409, "urn:meddiff:problem:not-ready")
+
+
+def test_every_fault_of_an_evaluation_is_named_at_once(gateway: Gateway) -> None:
+    body = {
+        "dataset_uri": "ds_" + "7" * 32,
+        "test_uri": "ds_" + "8" * 32,
+        "synthetic_job": MISSING_JOB,
+        "recipe": {"override": {"inpainting": {"strength": 0.5}}},
+    }
+    response = gateway.http.post("/evaluate", json=body)
+    assert response.status_code == 422
+    wrong = {"/dataset_uri", "/test_uri", "/synthetic_job", "/recipe/override/inpainting"}
+    assert pointers(response) == wrong
+    both = gateway.http.post("/evaluate", json={"dataset_uri": "ds_" + "7" * 32, "folds": 3, "model": "skin"})
+    assert both.status_code == 422
+
+
+def test_a_fine_tune_is_no_source_of_pairs(gateway: Gateway) -> None:
+    tuned = accept_finetune(gateway).json()
+    body = {"dataset_uri": tuned["request"]["dataset_uri"], "synthetic_job": tuned["id"]}
+    response = gateway.http.post("/evaluate", json=body)
+    assert pointers(response) == {"/synthetic_job"}
+    assert "no generate job" in response.json()["errors"][0]["detail"]

@@ -11,7 +11,7 @@ from gateways import Gateway, started
 from jsonschema import Draft202012Validator
 from meddiff.contracts.recipes import RECIPES
 from meddiff.store.keys import JobKeys
-from meddiff_services.gateway.schemas import manifest_schema, write
+from meddiff_services.gateway.schemas import manifest_schema, report_schema, write
 from stored import archive, png, put_dataset, put_generated, put_model
 
 ROOT = Path(__file__).parents[2]
@@ -30,9 +30,9 @@ def test_manifest_is_valid_against_the_published_schema(gateway: Gateway) -> Non
 
 def test_the_schema_in_docs_is_current(tmp_path: Path) -> None:
     write(tmp_path)
-    name = "manifest.schema.json"
-    assert (ROOT / "docs" / name).read_bytes() == (tmp_path / name).read_bytes()
-    assert json.loads((tmp_path / name).read_text()) == manifest_schema()
+    for name, schema in (("manifest.schema.json", manifest_schema()), ("report.schema.json", report_schema())):
+        assert (ROOT / "docs" / name).read_bytes() == (tmp_path / name).read_bytes()
+        assert json.loads((tmp_path / name).read_text()) == schema
 
 
 @pytest.mark.parametrize("index", [0, 2])

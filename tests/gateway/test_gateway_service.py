@@ -23,6 +23,9 @@ PROBLEM_FIELDS = {"type", "title", "status", "detail", "instance", "errors"}
 OPERATIONS = {
     "finetune": ("post", "/finetune"),
     "generate": ("post", "/generate"),
+    "evaluate": ("post", "/evaluate"),
+    "get_report": ("get", "/jobs/{job_id}/report"),
+    "get_report_schema": ("get", "/schemas/report.json"),
     "list_jobs": ("get", "/jobs"),
     "get_job": ("get", "/jobs/{job_id}"),
     "cancel_job": ("post", "/jobs/{job_id}/cancel"),

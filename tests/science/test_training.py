@@ -72,21 +72,25 @@ def test_stopping_between_steps_leaves_the_state_of_the_last_one() -> None:
 
 
 def test_a_training_that_is_stopped_at_once_or_has_nothing_left_to_do_changes_nothing() -> None:
-    start = TrainingState.start(network())
+    start = trained(None, 0)
+    for name, p in network().named_parameters():
+        assert torch.equal(start.params[name], p)
+        assert torch.equal(start.ema[name], p)
+        assert not start.exp_avg[name].any()
     assert_same(trained(start, 0), start)
     end = trained(None, TOTAL)
     assert_same(trained(end, TOTAL), end)
 
 
 def test_the_first_step_moves_every_weight_by_the_learning_rate_as_adam_does() -> None:
-    start, after = TrainingState.start(network()), trained(None, 1)
+    start, after = trained(None, 0), trained(None, 1)
     for name, p in start.params.items():
         moved = (after.params[name] - p).abs()
         assert torch.allclose(moved[after.exp_avg[name].abs() > 1e-6], torch.tensor(0.05 / 3), rtol=1e-2)
 
 
 def test_the_average_starts_fast_and_is_the_weights_themselves_without_decay() -> None:
-    start, after = TrainingState.start(network()), trained(None, 1)
+    start, after = trained(None, 0), trained(None, 1)
     for name in start.params:
         expected = torch.lerp(start.params[name], after.params[name], 1 - 1 / 11)
         assert torch.allclose(after.ema[name], expected)

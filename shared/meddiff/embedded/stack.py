@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -96,7 +97,9 @@ def up(
         with _uninterrupted():
             s3 = start_s3(data or folder / "data")
             stack = _record(folder, stack, "s3", s3.process.pid, (data or folder / "data") / "s3.log")
+        _temporary(folder).mkdir(exist_ok=True)
         environment = os.environ | {
+            "TMPDIR": str(_temporary(folder).resolve()),
             "MEDDIFF_REDIS_URL": redis.url,
             "MEDDIFF_S3_ENDPOINT": s3.endpoint,
             "MEDDIFF_S3_ACCESS_KEY": s3.access_key,
@@ -133,12 +136,18 @@ def down(folder: Path) -> tuple[Member, ...]:
     for member in stack.members:
         with suppress(ChildProcessError):  # Not a child of this process, or waited for already.
             os.waitpid(member.pid, os.WNOHANG)
+    shutil.rmtree(_temporary(folder), ignore_errors=True)
     _state(folder).unlink()
     return running
 
 
 def _state(folder: Path) -> Path:
     return folder / "stack.json"
+
+
+def _temporary(folder: Path) -> Path:
+    """The services' own place for temporary files: a killed process leaves some."""
+    return folder / "tmp"
 
 
 @contextmanager

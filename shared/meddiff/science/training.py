@@ -48,18 +48,6 @@ class TrainingState:
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
 
-    @classmethod
-    def start(cls, module: nn.Module) -> TrainingState:
-        """Step 0 from the weights of ``module`` (those that require a gradient)."""
-        params = _trainable(module)
-        return cls(
-            step=0,
-            params={n: _stored(p) for n, p in params.items()},
-            ema={n: _stored(p) for n, p in params.items()},
-            exp_avg={n: torch.zeros(p.shape) for n, p in params.items()},
-            exp_avg_sq={n: torch.zeros(p.shape) for n, p in params.items()},
-        )
-
     def to_tensors(self) -> dict[str, Tensor]:
         """A flat dict for safetensors: ``params.*``, ``ema.*``, ``exp_avg.*``, ``exp_avg_sq.*`` and ``step``."""
         parts = {"params": self.params, "ema": self.ema, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
@@ -121,24 +109,26 @@ def train_segment(
     """
     if stop_step > total:
         raise ValueError(f"stop_step {stop_step} lies beyond total {total}")
-    state = state or TrainingState.start(module)
     accelerator = Accelerator(cpu=next(module.parameters()).device.type == "cpu")
-    load_weights(module, state.params)
+    if state is not None:
+        load_weights(module, state.params)
     module.train()
     params = _trainable(module)
     optimizer = torch.optim.AdamW(params.values(), weight_decay=0.0)
     wrapped, wrapped_optimizer = accelerator.prepare(module, optimizer)
     params = _trainable(accelerator.unwrap_model(wrapped))
-    if state.step:
+    if state is not None and state.step:
         for name, p in params.items():
             optimizer.state[p] = {
                 "step": torch.tensor(float(state.step)),
                 "exp_avg": state.exp_avg[name].to(p, copy=True),
                 "exp_avg_sq": state.exp_avg_sq[name].to(p, copy=True),
             }
-    ema = {name: state.ema[name].to(p, copy=True) for name, p in params.items()}
+    averages = params if state is None else state.ema
+    ema = {name: averages[name].detach().to(p, copy=True) for name, p in params.items()}
+    step = 0 if state is None else state.step
+    del state, averages  # Of a large network every copy counts.
 
-    step = state.step
     while step < stop_step and not _agreed(should_stop()):
         started = time.perf_counter()
         rate = learning_rate(step)
@@ -159,13 +149,16 @@ def train_segment(
         if accelerator.is_main_process:
             on_step(StepLog(step, total, value, rate, time.perf_counter() - started, _peak_memory(p.device)))
 
-    moments = {n: optimizer.state[p] for n, p in params.items()} if step else None
+    moments = {
+        n: optimizer.state[p] or dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like(p))
+        for n, p in params.items()
+    }
     return TrainingState(
         step=step,
         params={n: _stored(p) for n, p in params.items()},
         ema={n: _stored(t) for n, t in ema.items()},
-        exp_avg={n: _stored(m["exp_avg"]) for n, m in moments.items()} if moments else state.exp_avg,
-        exp_avg_sq={n: _stored(m["exp_avg_sq"]) for n, m in moments.items()} if moments else state.exp_avg_sq,
+        exp_avg={n: _stored(m["exp_avg"]) for n, m in moments.items()},
+        exp_avg_sq={n: _stored(m["exp_avg_sq"]) for n, m in moments.items()},
     )
 
 
