@@ -88,7 +88,7 @@ class Generator:
         settings = recipe.quality
         self._encoder = encoders.load_encoder(settings.encoder, settings.encoder_source, CPU)
         crops = [quality.lesion_crop(c.image, c.mask, settings.context, settings.crop_px) for c in cases]
-        self._reference = quality.calibrate(self._encoder, crops, [pair.case.id for pair in self._pairs], settings)
+        self._reference = quality.calibrate(self._encoder, crops, [p.case.image_sha256 for p in self._pairs], settings)
 
     def generate(self, count: int, seed: int) -> list[Made]:
         """At most ``count`` accepted pairs, from the candidates that the recipe's attempts allow, in index order."""

@@ -127,8 +127,8 @@ class Evaluation(Contract):
 
     segmenter: Literal["unet", "efficientnet-unet", "dynunet"] = "efficientnet-unet"
     size: Annotated[int, Field(ge=64, le=512, multiple_of=32)] = 96
-    steps: Annotated[int, Field(ge=1, le=100_000)] = 240
-    every: Positive = 30
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 360
+    every: Positive = 40
     batch_size: Annotated[int, Field(ge=1, le=64)] = 6
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98

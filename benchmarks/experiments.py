@@ -1,0 +1,161 @@
+"""Writes ``docs/experiments.md`` and its plots from the rows that ``benchmarks.utility`` has left.
+
+python -m benchmarks.experiments
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from meddiff.contracts.evaluation import REAL, Arm, ArmResult, Interval
+from meddiff.science.evaluation import report
+from meddiff.science.evaluation.comparison import gain
+
+from benchmarks.utility import Training, read
+from benchmarks.variants import VARIANTS
+
+Key = tuple[str, bool, str, int]
+"""Dataset, whether its development half, segmenter, real cases."""
+
+
+def arm_of(training: Training) -> Arm:
+    """The arm as the report knows it: its place on the learning curve, or its pairs."""
+    name = training.arm
+    if name.startswith(REAL):
+        share = name.removeprefix(REAL).partition(",")[0].strip(" x")
+        return Arm(name=name, share=float(share or 1))
+    return Arm(name=name, source="copy-paste" if name == "copy-paste" else "synthetic", pairs=training.pairs)
+
+
+def results(trainings: Sequence[Training]) -> tuple[ArmResult, ...]:
+    """Every arm of one dataset, half and size, real only first."""
+    arms = {one.arm: arm_of(one) for one in trainings}
+    ordered = sorted(arms.values(), key=lambda arm: (arm.name != REAL, arm.source or "", arm.share, arm.name))
+    return report.arm_results([row for one in trainings for row in one.rows()], ordered)
+
+
+def over_datasets(groups: Mapping[Key, Sequence[Training]], arm: str) -> tuple[int, Interval] | None:
+    """The mean gain of an arm over the datasets that have it; datasets are fixed, their draws and cases resampled."""
+    found = []
+    for trainings in groups.values():
+        rows = [row for one in trainings for row in one.rows()]
+        change = report.differences([r for r in rows if r.arm == arm], [r for r in rows if r.arm == REAL])
+        if change:
+            found.append(change)
+    if not found:
+        return None
+    means = np.array([np.mean([draw.mean() for draw in change]) for change in found])
+    spread = [(one.high - one.low) / 2 for one in (gain(change) for change in found)]
+    half = float(np.sqrt(np.sum(np.square(spread))) / len(found))
+    mean = float(means.mean())
+    return len(found), Interval(mean=100 * mean, low=100 * (mean - half), high=100 * (mean + half))
+
+
+def grouped(trainings: Sequence[Training]) -> dict[Key, list[Training]]:
+    found: dict[Key, list[Training]] = defaultdict(list)
+    for one in trainings:
+        found[one.dataset, one.development, one.segmenter, one.train].append(one)
+    return dict(sorted(found.items()))
+
+
+def interval(found: Interval) -> str:
+    return f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+
+
+def table(trainings: Sequence[Training]) -> list[str]:
+    lines = ["| arm | runs | steps | Dice | between seeds | gain (95 % interval) | p, Holm | worth | s a run |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for one in results(trainings):
+        seconds = np.median([t.seconds for t in trainings if t.arm == one.name])
+        worth = "" if one.equivalents is None else f"{'≥ ' if one.at_least else ''}{one.equivalents.mean:+.0f} cases"
+        cells = [
+            one.name,
+            str(one.runs),
+            " ".join(map(str, one.steps)),
+            f"{100 * one.dice:.1f}",
+            "" if one.spread is None else f"{one.spread:.1f}",
+            "" if one.gain is None else interval(one.gain),
+            "" if one.p is None else f"{one.p:.3f}",
+            worth,
+            f"{seconds:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def plot(groups: Mapping[Key, Sequence[Training]], path: Path) -> None:
+    """Gains over real only, a panel for each dataset."""
+    figure = Figure(figsize=(5 * len(groups), 5), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(groups)))
+    for axes, (key, trainings) in zip(panels, groups.items(), strict=True):
+        shown = [(one.name, one.gain) for one in results(trainings) if one.gain is not None][::-1]
+        for place, (_, found) in enumerate(shown):
+            axes.plot([found.low, found.high], [place, place], color="0.3")
+            axes.plot(found.mean, place, "o", color="0.1")
+        axes.axvline(0, color="0.6", linewidth=0.8)
+        axes.set(title=f"{key[0]}, {key[3]} real", xlabel="points of Dice over real only")
+        axes.set_yticks(range(len(shown)), [name for name, _ in shown])
+    figure.savefig(path, dpi=80)
+
+
+def page(trainings: Sequence[Training]) -> str:
+    groups = grouped(trainings)
+    lines = ["# What synthetic pairs were worth, measured", "", *answer(groups), ""]
+    for development, title in ((False, "Kept for the end"), (True, "Development half: the recipe is tuned on it")):
+        some = {key: found for key, found in groups.items() if key[1] == development}
+        if not some:
+            continue
+        lines += [f"## {title}", ""]
+        for (name, _, segmenter, train), found in some.items():
+            draws, seeds = ({getattr(one, what) for one in found} for what in ("draw", "seed"))
+            tested = sorted({len(one.cases) for one in found})
+            lines += [f"### {name}, {train} real cases", ""]
+            cases = ", ".join(map(str, tested))
+            lines += [f"{segmenter}; draws {sorted(draws)}, seeds {sorted(seeds)}; {cases} test cases a draw.", ""]
+            lines += [*table(found), ""]
+    lines += ["## What the variants are", "", "| name | what |", "|---|---|"]
+    lines += [f"| {name} | {variant.what} |" for name, variant in VARIANTS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def answer(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
+    """What the page opens with."""
+    for development in (False, True):
+        some = {key: found for key, found in groups.items() if key[1] == development and key[3] == 30}
+        found = {arm: over_datasets(some, arm) for arm in ("synthetic", "copy-paste", "real x2")}
+        lines = [
+            f"{arm}: {interval(one[1])} points of Dice over 30 real cases alone, mean of {one[0]} dataset(s)."
+            for arm, one in found.items()
+            if one is not None
+        ]
+        if lines:
+            where = "on cases of the development half" if development else "on cases kept for the end"
+            return [f"**The answer so far**, {where}:", "", *[f"* {line}" for line in lines]]
+    return ["No run has ended yet."]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=Path, default=Path("docs/experiments/rows.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    trainings = read(arguments.rows)
+    text = page(trainings)
+    for development, name in ((True, "development"), (False, "final")):
+        some = {key: found for key, found in grouped(trainings).items() if key[1] == development}
+        if some:
+            plot(some, arguments.out / "experiments" / f"{name}.png")
+            text += f"\n![Gains, {name}](experiments/{name}.png)\n"
+    command = "python -m benchmarks.utility --data FOLDER --dataset NAME … (--development) --hours H"
+    text += f"\nRows: `docs/experiments/rows.jsonl`, a training a line. Made by `{command}`; this page by\n"
+    text += "`python -m benchmarks.experiments`. Wall time of a run is one thread's, other work beside it.\n"
+    (arguments.out / "experiments.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
