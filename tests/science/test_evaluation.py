@@ -251,12 +251,13 @@ def rows(gained: float, noise: float = 0.01) -> list[Row]:
 
 @pytest.mark.parametrize(
     ("gained", "verdict", "words"),
-    [(0.05, "helps", "worth about"), (0.0, "adds nothing", "add nothing"), (-0.05, "harms", "worse")],
+    [(0.05, "helps", "worth about"), (0.0, "adds nothing", "add nothing"), (-0.05, "harms", "make segmentation worse")],
 )
 def test_the_verdict_follows_the_interval(gained: float, verdict: str, words: str) -> None:
     *_, synthetic = report.arm_results(rows(gained), ARMS)
     assert synthetic.verdict == verdict
-    assert words in report.in_words(synthetic)
+    assert report.headline(report.arm_results(rows(gained), ARMS), ARMS) == (synthetic, ARMS[-1])
+    assert words in report.in_words(synthetic, ARMS[-1], 30)
     assert synthetic.gain is not None
     assert synthetic.gain.low <= 100 * gained <= synthetic.gain.high
 

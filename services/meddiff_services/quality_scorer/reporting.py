@@ -46,18 +46,17 @@ def report(work: Work) -> Outcome:
         for line in work.store.get(work.keys.rows(number)).splitlines()
     ]
     results = reports.arm_results(rows, arms)
-    compared = [result for result in results if result.gain is not None]
-    first = next((arm.name for arm in arms if arm.source == "synthetic"), None)
-    headline = next((result for result in compared if result.name == first), compared[0])
-    worst, cases = _worst_cases(work, rows, headline.name) if headline.name == first else ([], [])
-    doubtful, pairs = _doubtful_pairs(work, len(cut)) if first is not None else ([], [])
+    headline, arm = reports.headline(results, arms)
+    painted = arm.source == "synthetic"
+    worst, cases = _worst_cases(work, rows, headline.name) if painted else ([], [])
+    doubtful, pairs = _doubtful_pairs(work, len(cut)) if painted else ([], [])
     found = Report(
         job_id=work.spec.id,
         dataset_id=work.marker("import", 0).output["dataset_id"],
         created_at=datetime.now(UTC),
         software_version=__version__,
         verdict=headline.verdict or "adds nothing",
-        summary=reports.in_words(headline),
+        summary=reports.in_words(headline, arm, results[0].real),
         headline=headline.name,
         arms=results,
         curve=reports.learning_curve(rows, arms),

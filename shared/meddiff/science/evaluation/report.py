@@ -135,20 +135,31 @@ def verdict(gained: Interval) -> Verdict:
     return "helps" if gained.low > 0 else "harms" if gained.high < 0 else "adds nothing"
 
 
-def in_words(result: ArmResult) -> str:
-    """The verdict on an arm with synthetic pairs as a clinician would say it."""
+def headline(results: Sequence[ArmResult], arms: Sequence[Arm]) -> tuple[ArmResult, Arm]:
+    """The arm the verdict is of: the first with synthetic pairs, else with copy-paste, else with most real cases."""
+    compared = {result.name: result for result in results if result.gain is not None}
+    order = {"synthetic": 0, "copy-paste": 1, None: 2}
+    best = min((arm for arm in arms if arm.name in compared), key=lambda arm: (order[arm.source], -arm.share))
+    return compared[best.name], best
+
+
+def in_words(result: ArmResult, arm: Arm, trained_on: float) -> str:
+    """The verdict on an arm as a clinician would say it; ``trained_on``: cases of the arm of real ones alone."""
     assert result.gain is not None
     points = f"{result.gain.mean:+.1f} points of Dice (95 % interval {result.gain.low:+.1f} to {result.gain.high:+.1f})"
-    real = f"{result.real:.0f} annotated cases"
+    real = f"{trained_on:.0f} annotated cases"
+    what = {"synthetic": "These synthetic pairs", "copy-paste": "Copied and pasted lesions"}.get(
+        arm.source or "", f"{result.real:.0f} annotated cases in place of {trained_on:.0f}"
+    )
     if result.verdict == "harms":
-        return f"Training on these synthetic pairs beside {real} makes segmentation worse: {points}."
+        return f"{what} beside {real} make segmentation worse: {points}."
     if result.verdict == "adds nothing":
-        return f"These synthetic pairs add nothing to {real} that the runs can show: {points}."
+        return f"{what} add nothing to {real} that the runs can show: {points}."
     worth = ""
     if result.equivalents is not None:
         more = round(result.equivalents.mean)
         worth = f", worth {'at least' if result.at_least else 'about'} {more} more annotated cases"
-    return f"These synthetic pairs help beside {real}: {points}{worth}."
+    return f"{what} help beside {real}: {points}{worth}."
 
 
 def gains_by_size(rows: Sequence[Row], arm: str) -> tuple[SizeGain, ...]:
