@@ -110,7 +110,7 @@ class Generator:
         """What the quality gate leaves of a shard of candidates."""
         recipe = self.recipe
         seeds = [derive(seed, "candidate", index) for index in indices]
-        canvases, origins = self._retextured(indices, seeds) if self.retexture else self._drawn(seeds)
+        canvases, origins = self._retextured(indices, seeds) if self.retexture else self.canvases(seeds)
         images = inpainting.inpaint(self.foundation, canvases, recipe)
         if self.decoys:
             images = self._with_decoys(images, canvases)
@@ -123,7 +123,9 @@ class Generator:
                 accepted.append(Made(image, canvas.start, canvas.shape, label, canvas.guide, donor, background))
         return accepted
 
-    def _drawn(self, seeds: Sequence[int]) -> tuple[list[inpainting.Canvas], list[tuple[int, int | None]]]:
+    @torch.no_grad()
+    def canvases(self, seeds: Sequence[int]) -> tuple[list[inpainting.Canvas], list[tuple[int, int | None]]]:
+        """What is to be painted, a canvas for each seed; and the places of each one's donor and background."""
         real = [case.mask for case in self.cases]
         lows = mask_generator.sample(self._masks, self.recipe, [derive(one, "shape") for one in seeds], real)
         canvases: list[inpainting.Canvas] = []

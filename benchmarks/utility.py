@@ -213,17 +213,23 @@ def pairs_of(trial: Trial, cases: Cases, draw: splits.Draw, variant: Variant) ->
     seed = derive(cases.name, "generator", trial.draw)
     name = f"{cases.name}-{trial.development:d}-{trial.train}-{trial.draw}-{derive(recipe.model_dump_json()):x}"
     path = trial.cache / f"{name}.safetensors"
+    fitted = fitted_model(train, cases.healthy, recipe, seed, path)
+    painting = _painting(recipe, variant)
+    generator = Generator(train, cases.healthy, painting, fitted, retexture=variant.retexture, decoys=variant.decoys)
+    return generator.generate(variant.pairs, seed)
+
+
+def fitted_model(
+    train: Sequence[Case], healthy: Sequence[Pixels], recipe: Recipe, seed: int, path: Path
+) -> dict[str, torch.Tensor]:
+    """``fit``, or what it left at ``path`` before."""
     with FileLock(path.with_suffix(".lock")):  # Another process may need the same one.
         if not path.exists():
-            fitted = fit(train, cases.healthy, recipe, seed)
+            fitted = fit(train, healthy, recipe, seed)
             partial = path.with_suffix(".partial")
             save_file({key: tensor.contiguous() for key, tensor in fitted.items()}, partial)
             partial.replace(path)
-    painting = _painting(recipe, variant)
-    generator = Generator(
-        train, cases.healthy, painting, load_file(path), retexture=variant.retexture, decoys=variant.decoys
-    )
-    return generator.generate(variant.pairs, seed)
+    return load_file(path)
 
 
 def _painting(recipe: Recipe, variant: Variant) -> Recipe:
