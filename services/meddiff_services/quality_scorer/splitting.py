@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from meddiff.contracts.problems import Fault, ProblemError
 from meddiff.importing import first_of_each_picture, load_dataset
 from meddiff.planning.observe import read_spec
 from meddiff.science.evaluation import splits
+from meddiff.seeds import derive
 from meddiff.store.keys import ModelKeys
 
 from meddiff_services.cases import Loaded, load
@@ -34,7 +35,7 @@ def split(work: Work) -> Outcome:
     spec: EvaluateSpec = work.spec
     output = work.marker("import", 0).output
     dataset = load_dataset(work.store, work.tenant, output["dataset_id"])
-    cases = list(first_of_each_picture(dataset).values())
+    cases = _shuffled(spec, first_of_each_picture(dataset).values())
     group_of = _groups(work, dataset, cases)
     try:
         found = _drawn(spec, cases, group_of) if spec.request.fits_generators else _given(work, cases, group_of)
@@ -42,6 +43,12 @@ def split(work: Work) -> Outcome:
         raise ProblemError("invalid-dataset", f"The dataset cannot be split: {error}") from None
     notes = [f"{len(set(group_of))} groups of cases (a patient, or nearly the same picture) among {len(cases)}"]
     return Outcome(len(cases), {"splits": [one.model_dump(mode="json") for one in found], "notes": notes})
+
+
+def _shuffled(spec: EvaluateSpec, cases: Iterable[Case]) -> list[Case]:
+    """In an order drawn from the seed: in a dataset's own the benign cases may come first, and half of it be all
+    benign."""
+    return sorted(cases, key=lambda case: derive(spec.request.seed, "order", case.image_sha256))
 
 
 def _groups(work: Work, dataset: Dataset, cases: Sequence[Case]) -> list[int]:
@@ -99,7 +106,7 @@ def _given(work: Work, cases: Sequence[Case], group_of: Sequence[int]) -> list[S
         taken = {group_of[place] for place in train}
         tests = [(work.marker("import", 0).output["dataset_id"], cases[place]) for place in _apart(group_of, taken)]
     else:
-        found = first_of_each_picture(load_dataset(work.store, work.tenant, test_dataset)).values()
+        found = _shuffled(spec, first_of_each_picture(load_dataset(work.store, work.tenant, test_dataset)).values())
         tests = [(test_dataset, case) for case in found]
     if not tests:
         detail = "No case is left to test on: give others as test_uri, or ask for folds"
