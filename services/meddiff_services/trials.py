@@ -8,6 +8,7 @@ from meddiff.contracts.dataset import Case
 from meddiff.contracts.evaluation import Arm, Split
 from meddiff.contracts.jobs import GenerateSpec
 from meddiff.contracts.manifest import Manifest, Pair
+from meddiff.contracts.problems import ProblemError
 from meddiff.importing import first_of_each_picture, load_dataset
 from meddiff.planning import evaluation
 from meddiff.planning.observe import read_marker, read_spec
@@ -52,6 +53,8 @@ def material(work: Work, number: int, arm: Arm) -> Material:
     if arm.source is None:
         return Material(real)
     pairs = made(work, number)
+    if not pairs:
+        raise ProblemError("child-failed", f"Job {_makers(work, number).spec.id} made no pair that was accepted")
     places = {digest: place for place, digest in enumerate(split.train)}
     synthetic: list[trials.Pair] = []
     origins: list[frozenset[int]] = []

@@ -108,7 +108,7 @@ requests = st.sampled_from(
         {"draws": 2, "train": 10},
         {"model": "skin"},
         {"synthetic_job": GENERATED, "mixing": ("joint", "pretrain"), "synthetic": (30, 90)},
-        {"folds": 2, "arms": ("oracle",)},
+        {"draws": 2, "arms": ("oracle",)},
     ]
 )
 
@@ -179,6 +179,7 @@ def test_progress_counts_runs_and_waits_with_an_estimate_until_something_is_meas
         ({"folds": 5, "draws": 3}, "draws and train"),
         ({"test_uri": DATASET}, "test_uri"),
         ({"synthetic": (30, 30)}, "twice"),
+        ({"folds": 3, "arms": ("oracle",)}, "oracle"),
     ],
 )
 def test_a_request_that_contradicts_itself_is_refused(request_: dict[str, Any], words: str) -> None:

@@ -280,6 +280,9 @@ def test_a_curve_that_falls_by_chance_is_made_to_rise_and_a_flat_one_gives_no_re
     flat = (CurvePoint(real=15, dice=0.7), CurvePoint(real=30, dice=0.7))
     gained = Interval(mean=1, low=0, high=2)
     assert report.annotation_equivalents(gained, flat, rows(0.0)) == (None, False)
+    short = (CurvePoint(real=15, dice=0.6), CurvePoint(real=30, dice=0.7))
+    real = [row for row in rows(0.0) if row.arm == REAL]
+    assert report.annotation_equivalents(gained, short, real) == (None, False)
 
 
 def test_the_spread_between_seeds_is_that_of_their_means() -> None:

@@ -64,7 +64,7 @@ def report(work: Work) -> Outcome:
         worst_cases=tuple(worst),
         doubtful_pairs=tuple(doubtful),
         splits=cut,
-        notes=tuple(work.marker("split", 0).output["notes"]),
+        notes=(*work.marker("split", 0).output["notes"], *(_missing_pairs(work, len(cut)) if painted else ())),
         recipe=work.spec.recipe,
         request=work.spec.request.model_dump(mode="json"),
         fingerprint=fingerprint(work.spec.recipe, work.settings),
@@ -74,6 +74,13 @@ def report(work: Work) -> Outcome:
     work.store.put_json(work.keys.report("json"), found)
     gain = headline.gain.model_dump() if headline.gain is not None else None
     return Outcome(1, {"verdict": found.verdict, "summary": found.summary, "gain": gain, "runs": len(runs)})
+
+
+def _missing_pairs(work: Work, count: int) -> list[str]:
+    """Splits with fewer pairs than the largest arm was to have."""
+    wanted = max(work.spec.request.synthetic)
+    found = [(split, len(made(work, split))) for split in range(count)]
+    return [f"split {split} had {pairs} pairs, {wanted} were asked for" for split, pairs in found if pairs < wanted]
 
 
 # ------------------------------------------------------------------------------------------------- pictures to look at

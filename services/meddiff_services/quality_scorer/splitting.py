@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from meddiff.contracts.dataset import Case, Dataset
-from meddiff.contracts.evaluation import Split
+from meddiff.contracts.evaluation import REAL, Split
 from meddiff.contracts.jobs import EvaluateSpec, GenerateSpec
 from meddiff.contracts.models import ModelCard
 from meddiff.contracts.problems import Fault, ProblemError
 from meddiff.importing import first_of_each_picture, load_dataset
+from meddiff.planning import evaluation
 from meddiff.planning.observe import read_spec
 from meddiff.science.evaluation import splits
 from meddiff.seeds import derive
@@ -24,6 +25,7 @@ from meddiff_services.pictures import Pixels
 from meddiff_services.trials import pairs_manifest
 from meddiff_services.worker import Outcome, Work
 
+LEAST_TRAINED, MOST_TRAINED = 4, 10_000
 LEAST_TESTED = 4
 """Groups of cases that are left to test, before more real cases are given to the oracle."""
 
@@ -41,8 +43,21 @@ def split(work: Work) -> Outcome:
         found = _drawn(spec, cases, group_of) if spec.request.fits_generators else _given(work, cases, group_of)
     except ValueError as error:
         raise ProblemError("invalid-dataset", f"The dataset cannot be split: {error}") from None
+    _judge(spec, found)
     notes = [f"{len(set(group_of))} groups of cases (a patient, or nearly the same picture) among {len(cases)}"]
+    if "oracle" in spec.request.arms and not any(arm.share > 1 for arm in evaluation.arms(spec.request, found)):
+        notes.append("no oracle: too few further cases, or none that the generator has not seen")
     return Outcome(len(cases), {"splits": [one.model_dump(mode="json") for one in found], "notes": notes})
+
+
+def _judge(spec: EvaluateSpec, found: Sequence[Split]) -> None:
+    """Raises ``ProblemError`` ``invalid-dataset`` for splits that no segmenter can be trained on."""
+    fewest, most = (choose(len(split.train) for split in found) for choose in (min, max))
+    if fewest < LEAST_TRAINED or most > MOST_TRAINED:
+        detail = f"A split would train on {fewest if fewest < LEAST_TRAINED else most} cases"
+        raise ProblemError("invalid-dataset", f"{detail}; {LEAST_TRAINED} to {MOST_TRAINED} can be")
+    if all(arm.name == REAL or arm.share < 1 for arm in evaluation.arms(spec.request, found)):
+        raise ProblemError("invalid-dataset", "There are too few further cases for an oracle, and no other arm")
 
 
 def _shuffled(spec: EvaluateSpec, cases: Iterable[Case]) -> list[Case]:
@@ -128,9 +143,10 @@ def _apart(group_of: Sequence[int], taken: set[int]) -> list[int]:
 def _parts(work: Work, card: ModelCard) -> Iterator[Part]:
     """Every picture that had a part in making the pairs: the model's cases, and the backgrounds and masks that a
     generate job took from elsewhere."""
-    by_digest = first_of_each_picture(load_dataset(work.store, work.tenant, card.dataset_id))
-    for digest in card.cases:
-        yield Part(load(work, card.dataset_id, by_digest[digest]), "the model was made from it")
+    dataset = load_dataset(work.store, work.tenant, card.dataset_id)
+    by_digest = first_of_each_picture(dataset)
+    for case in (*(by_digest[digest] for digest in card.cases), *dataset.backgrounds):
+        yield Part(load(work, card.dataset_id, case), "the model was made from it")
     if work.spec.synthetic_job is None:
         return
     made = read_spec(work.store, work.tenant, work.spec.synthetic_job)

@@ -21,6 +21,8 @@ from meddiff.contracts.manifest import (
     Rejected,
     Scores,
 )
+from meddiff.contracts.problems import Fault, ProblemError
+from meddiff.contracts.recipes import with_prompt
 from meddiff.contracts.tasks import Stage
 from meddiff.importing import chosen_cases, import_dataset, is_dataset_id, load_dataset, open_source
 from meddiff.importing.pixels import encode_mask
@@ -43,6 +45,11 @@ def import_(work: Work) -> Outcome:
     """Read, judge and store the dataset; every fault ends the job before any training."""
     spec: FinetuneSpec | EvaluateSpec = work.spec
     dataset = _dataset(work, spec.request.dataset_uri)
+    try:
+        with_prompt(spec.recipe, spec.request.recipe.override, dataset.prompt)
+    except ValueError:
+        fault = Fault(pointer="data.json", detail="its prompt is empty or longer than the recipe takes")
+        raise ProblemError("invalid-dataset", "1 fault in the dataset", [fault]) from None
     output = {
         "dataset_id": dataset.id,
         "layout": dataset.layout,

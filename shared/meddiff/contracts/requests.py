@@ -121,6 +121,8 @@ class EvaluateRequest(Contract):
             faults.append(f"draws and train are for generators fitted to draws; with {made[0]} the cases are given")
         if self.test_uri is not None and self.fits_generators:
             faults.append("test_uri goes with model or synthetic_job; else the dataset's own cases test")
+        if made and self.arms == ("oracle",):
+            faults.append("an oracle needs more real cases than train: ask for draws")
         for name in ("arms", "synthetic", "mixing"):
             values = getattr(self, name)
             if len(set(values)) < len(values):

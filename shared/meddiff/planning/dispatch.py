@@ -47,13 +47,15 @@ def advance(store: ObjectStore, leases: Leases, send: Send, tenant: str, job_id:
         store.delete([active(tenant, job_id)])
         return
     observed = observe(store, leases, spec)
+    going_on = [child for child, status in observed.children.items() if status is None]
+    for child_id in going_on:  # Again, for who submitted it may have been cut off before.
+        store.put(active(tenant, child_id), b"")
     decision = plan(spec, observed)
     if decision.ending is None:
         for child in decision.children:
             submit(store, child)
         _send(leases, send, decision.due)
         return
-    going_on = [child for child, status in observed.children.items() if status is None]
     for child_id in going_on:
         cancel(store, tenant, child_id, datetime.now(UTC))
     if observed.cancelled and (going_on or leases.snapshot().runs(tenant, job_id)):

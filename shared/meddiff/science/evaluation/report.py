@@ -114,11 +114,13 @@ def annotation_equivalents(
 ) -> tuple[Interval | None, bool]:
     """How many more real cases would have gained as much: the curve between its points is linear in the logarithm of
     the number of cases. The second value: whether the curve ends below the mean gain, so that it is at least as many.
-    None where the curve has no slope to read."""
+    None where the curve has no slope to read, or no point with more cases to read a gain from."""
     if len(curve) < 2 or curve[-1].dice <= curve[0].dice:
         return None, False
     numbers, dice = np.log([point.real for point in curve]), np.array([point.dice for point in curve])
     have = float(np.log(np.mean([row.real for row in real])))
+    if gained.mean > 0 and numbers[-1] <= have + 1e-6:
+        return None, False
     level = float(np.interp(have, numbers, dice))
     strictly = dice + 1e-9 * np.arange(len(dice))
 
@@ -136,10 +138,14 @@ def verdict(gained: Interval) -> Verdict:
 
 
 def headline(results: Sequence[ArmResult], arms: Sequence[Arm]) -> tuple[ArmResult, Arm]:
-    """The arm the verdict is of: the first with synthetic pairs, else with copy-paste, else with most real cases."""
+    """The arm the verdict is of: the first with synthetic pairs, else with copy-paste, else with most real cases.
+    Raises ``ValueError`` where there is none of them."""
     compared = {result.name: result for result in results if result.gain is not None}
     order = {"synthetic": 0, "copy-paste": 1, None: 2}
-    best = min((arm for arm in arms if arm.name in compared), key=lambda arm: (order[arm.source], -arm.share))
+    best = min(
+        (arm for arm in arms if arm.name in compared and arm.share >= 1),
+        key=lambda arm: (order[arm.source], -arm.share),
+    )
     return compared[best.name], best
 
 

@@ -37,7 +37,7 @@ def stop_curve(material: Material, settings: Evaluation, seed: int, on_step: OnS
 
     A synthetic pair that shows a case held aside is left out of that training.
     """
-    parts = splits.folds(range(len(material.real)), settings.inner_folds, seed)
+    parts = splits.folds(range(len(material.real)), min(settings.inner_folds, len(material.real)), seed)
     dice: dict[int, list[float]] = defaultdict(list)
     for number, held in enumerate(parts):
         inside = [pair for place, pair in enumerate(material.real) if place not in held]
