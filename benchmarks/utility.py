@@ -214,7 +214,7 @@ def pairs_of(trial: Trial, cases: Cases, draw: splits.Draw, variant: Variant) ->
     name = f"{cases.name}-{trial.development:d}-{trial.train}-{trial.draw}-{derive(recipe.model_dump_json()):x}"
     path = trial.cache / f"{name}.safetensors"
     fitted = fitted_model(train, cases.healthy, recipe, seed, path)
-    painting = _painting(recipe, variant)
+    painting = override(recipe, variant.painting)
     generator = Generator(train, cases.healthy, painting, fitted, retexture=variant.retexture, decoys=variant.decoys)
     return generator.generate(variant.pairs, seed)
 
@@ -230,10 +230,6 @@ def fitted_model(
             save_file({key: tensor.contiguous() for key, tensor in fitted.items()}, partial)
             partial.replace(path)
     return load_file(path)
-
-
-def _painting(recipe: Recipe, variant: Variant) -> Recipe:
-    return override(recipe, variant.painting)
 
 
 def shifted(mask: Mask, share: float) -> Mask:

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from meddiff.contracts.evaluation import Split
 from meddiff.contracts.jobs import EndStatus, EvaluateSpec, FinetuneSpec, GenerateSpec, Spec
@@ -178,12 +178,10 @@ def _generated(spec: GenerateSpec, tally: Tally) -> Ending:
 
 
 def _plan_evaluate(spec: EvaluateSpec, observed: Observed) -> Plan:
-    first = {"import": observed.imported, "split": observed.splits}
-    for stage, output in first.items():
-        if output is None:
-            return Plan((Task(tenant=spec.tenant, job_id=spec.id, stage=cast(Stage, stage)),))
-    assert observed.imported is not None
-    assert observed.splits is not None
+    if observed.imported is None:
+        return Plan((Task(tenant=spec.tenant, job_id=spec.id, stage="import"),))
+    if observed.splits is None:
+        return Plan((Task(tenant=spec.tenant, job_id=spec.id, stage="split"),))
     if observed.reported is not None:
         return Plan(ending=Ending("succeeded", dict(observed.reported)))
     for child, status in observed.children.items():
@@ -196,8 +194,10 @@ def _plan_evaluate(spec: EvaluateSpec, observed: Observed) -> Plan:
         made = observed.children.get(evaluation.pairs_job(spec, run.split)) in ("succeeded", "incomplete")
         if run.arm.source is not None and not made and spec.synthetic_job is None:
             continue
-        stage, shard = ("segmenter", number) if observed.has("stop", run.stop) else ("stop", run.stop)
-        due[Task(tenant=spec.tenant, job_id=spec.id, stage=cast(Stage, stage), shard=shard)] = None
+        stopped = observed.has("stop", run.stop)
+        stage: Stage = "segmenter" if stopped else "stop"
+        shard = number if stopped else run.stop
+        due[Task(tenant=spec.tenant, job_id=spec.id, stage=stage, shard=shard)] = None
     children = tuple(_children_due(spec, observed, observed.imported, observed.splits))
     if not due and all(status is not None for status in observed.children.values()) and not children:
         return Plan((Task(tenant=spec.tenant, job_id=spec.id, stage="report"),))
