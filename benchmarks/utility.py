@@ -28,11 +28,12 @@ from meddiff.contracts.base import Contract
 from meddiff.contracts.evaluation import REAL, Row
 from meddiff.contracts.recipes import CPU, Recipe, override
 from meddiff.science import encoders
-from meddiff.science.evaluation import splits, trials
+from meddiff.science.evaluation import figures, splits, training, trials
 from meddiff.science.evaluation.trials import Material
 from meddiff.seeds import derive
 from meddiff_services.pictures import Mask, Pixels
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from benchmarks.in_process import Generator, Made, fit
 from benchmarks.sources import Case, cases_by_digest
@@ -40,6 +41,8 @@ from benchmarks.variants import VARIANTS, Variant
 
 EVALUATION = CPU.evaluation
 LEAST_TESTED = 15
+APART_STEPS = 240
+"""Of the segmenters that judge pairs and label images for an arm."""
 TUNED_ON = frozenset({"DDTI", "ISIC-2017", "ISIC-2018"})
 """Datasets that are large enough to give half of their cases to tuning."""
 CASE = 12  # Hex digits of a digest that name a case in the rows.
@@ -198,24 +201,37 @@ def _material(trial: Trial, cases: Cases, draw: splits.Draw) -> Material:
     if variant.copies:
         copies = [real[place % len(real)] for place in range(variant.pairs)]
         return Material(real, copies, [frozenset({place % len(real)}) for place in range(variant.pairs)])
-    made = pairs_of(trial, cases, draw, variant)
+    pseudo = _pseudo_labelled(trial) if variant.unlabelled else []
+    if variant.unlabelled == "pairs":
+        synthetic = [(case.image, case.mask) for case in pseudo]
+        return Material(real, synthetic, [frozenset()] * len(synthetic), variant.mixing)
+    made = pairs_of(trial, cases, draw, variant, pseudo)
+    origins = [frozenset({one.donor, one.background} - {None}) for one in made]
+    if variant.relabel:
+        made = [_relabelled(trial, one) for one in made]
     synthetic = [(one.start, one.shape) if variant.start else (one.image, one.label) for one in made]
     synthetic = [(image, shifted(mask, variant.shift)) for image, mask in synthetic]
-    origins = [frozenset({one.donor, one.background} - {None}) for one in made]
-    material = Material(real, synthetic, origins, variant.mixing)  # type: ignore[arg-type]
+    of_train = [
+        origin & set(range(len(real))) if variant.unlabelled != "retexture" else frozenset() for origin in origins
+    ]
+    material = Material(real, synthetic, of_train, variant.mixing)  # type: ignore[arg-type]
     return material if variant.agreement is None else _agreeing(trial, material, variant.agreement)
 
 
-def pairs_of(trial: Trial, cases: Cases, draw: splits.Draw, variant: Variant) -> list[Made]:
+def pairs_of(
+    trial: Trial, cases: Cases, draw: splits.Draw, variant: Variant, unlabelled: Sequence[Case] = ()
+) -> list[Made]:
     """The variant's pairs; of equal generators the fitted one is kept on disk."""
     train = [list(cases.cases.values())[place] for place in draw.train]
+    sources = [*([] if variant.unlabelled == "retexture" else train), *unlabelled]
     recipe = override(RECIPE, variant.fitting)
     seed = derive(cases.name, "generator", trial.draw)
     name = f"{cases.name}-{trial.development:d}-{trial.train}-{trial.draw}-{derive(recipe.model_dump_json()):x}"
     path = trial.cache / f"{name}.safetensors"
     fitted = fitted_model(train, cases.healthy, recipe, seed, path)
     painting = override(recipe, variant.painting)
-    generator = Generator(train, cases.healthy, painting, fitted, retexture=variant.retexture, decoys=variant.decoys)
+    retexture = variant.retexture or variant.unlabelled == "retexture"
+    generator = Generator(sources, cases.healthy, painting, fitted, retexture=retexture, decoys=variant.decoys)
     return generator.generate(variant.pairs, seed)
 
 
@@ -240,25 +256,63 @@ def shifted(mask: Mask, share: float) -> Mask:
     return moved
 
 
-def _agreeing(trial: Trial, material: Material, bounds: tuple[float, float]) -> Material:
-    """The pairs with which a segmenter of the real cases alone, that saw neither donor nor background, agrees within
-    ``bounds`` of Dice."""
+@lru_cache(maxsize=1)
+def _out_of_fold(trial: Trial) -> list[tuple[frozenset[int], nn.Module]]:
+    """Segmenters of the real cases alone, and beside each the places of the training cases that it did not see."""
     settings = EVALUATION.model_copy(update={"segmenter": trial.segmenter})
-    alone = Material(material.real)
-    parts = splits.folds(range(len(material.real)), settings.inner_folds, derive("agreement", trial.draw))
-    kept: list[int] = []
-    for number, held in enumerate(parts):
-        inside = [pair for place, pair in enumerate(alone.real) if place not in held]
-        network = trials.trained(Material(inside), settings, 200, derive("agreement", number), lambda *_: None)
-        for place, pair in enumerate(material.synthetic):
-            mine = (
-                derive("agreement", place) % len(parts) == number
-                if not material.made_from[place]
-                else (min(material.made_from[place]) in held)
-            )
-            if mine and bounds[0] <= trials.judge(network, settings, pair).dice <= bounds[1]:
-                kept.append(place)
-    kept = sorted(kept) or [0]
+    cases = load(trial.folder, trial.development)
+    real = cases.pairs(drawn(cases, trial.train, trial.draw).train)
+    found = []
+    for number, held in enumerate(splits.folds(range(len(real)), settings.inner_folds, derive("apart", trial.draw))):
+        inside = Material([pair for place, pair in enumerate(real) if place not in held])
+        network = trials.trained(inside, settings, APART_STEPS, derive("apart", number), lambda *_: None)
+        found.append((frozenset(held), network))
+    return found
+
+
+def _apart(trial: Trial) -> list[tuple[frozenset[int], nn.Module]]:
+    """``_out_of_fold``, which all arms of a draw share."""
+    return _out_of_fold(replace(trial, arm=REAL, seeds=(), factor=1.0))
+
+
+def _blind_to(trial: Trial, case: int) -> nn.Module:
+    """A segmenter that did not see this training case."""
+    apart = _apart(trial)
+    return next((network for held, network in apart if case in held), apart[case % len(apart)][1])
+
+
+def _pseudo_labelled(trial: Trial) -> list[Case]:
+    """The cases that neither train nor test nor share a group with one that does, their masks drawn by the majority of
+    the segmenters; where those see no lesion, the case is left out."""
+    cases = load(trial.folder, trial.development)
+    draw = drawn(cases, trial.train, trial.draw)
+    taken = {cases.group_of[place] for place in (*draw.train, *draw.test)}
+    found = []
+    for case, group in zip(cases.cases.values(), cases.group_of, strict=True):
+        if group not in taken:
+            seen = [training.predict(network, case.image, EVALUATION.size) for _, network in _apart(trial)]
+            mask = np.mean(seen, axis=0) > 0.5
+            if mask.any():
+                found.append(replace(case, mask=mask))
+    return found
+
+
+def _relabelled(trial: Trial, one: Made) -> Made:
+    """The pair with the label that a segmenter blind to its donor sees inside the guide; where the two hardly overlap,
+    as it was."""
+    seen = training.predict(_blind_to(trial, one.donor), one.image, EVALUATION.size) & one.guide
+    return replace(one, label=seen) if figures.figures(seen, one.label).dice > 0.5 else one
+
+
+def _agreeing(trial: Trial, material: Material, bounds: tuple[float, float]) -> Material:
+    """The pairs with which a segmenter of the real cases alone, blind to what they were made from, agrees within
+    ``bounds`` of Dice."""
+    kept = []
+    for place, (pair, origin) in enumerate(zip(material.synthetic, material.made_from, strict=True)):
+        network = _blind_to(trial, min(origin, default=place))
+        if bounds[0] <= trials.judge(network, EVALUATION, pair).dice <= bounds[1]:
+            kept.append(place)
+    kept = kept or [0]
     return replace(
         material,
         synthetic=[material.synthetic[place] for place in kept],

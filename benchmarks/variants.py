@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from meddiff.contracts.evaluation import Mixing
 
@@ -12,7 +12,10 @@ from meddiff.contracts.evaluation import Mixing
 class Variant:
     """``what``: a line for the table. ``fitting`` and ``painting``: changes of the recipe before and after the
     fine-tune (variants of equal ``fitting`` share one). ``start``: the composites themselves, nothing painted.
-    ``shift``: labels moved by this share of the width. ``copies``: the real cases in place of synthetic ones."""
+    ``shift``: labels moved by this share of the width. ``copies``: the real cases in place of synthetic ones.
+    ``relabel``: inside the guide the label is what segmenters see that did not train on the donor. ``unlabelled``: real
+    cases without their masks, which segmenters of the training cases draw instead: as they are (``pairs``), or among
+    the training cases as donors and backgrounds (``sources``), or repainted to fit the drawn masks (``retexture``)."""
 
     what: str
     fitting: dict[str, Any] = field(default_factory=dict)
@@ -23,6 +26,8 @@ class Variant:
     shift: float = 0.0
     copies: bool = False
     agreement: tuple[float, float] | None = None
+    relabel: bool = False
+    unlabelled: Literal["pairs", "sources", "retexture"] | None = None
     mixing: Mixing = "joint"
     pairs: int = 90
 
@@ -42,10 +47,24 @@ VARIANTS: dict[str, Variant] = {
     "agreement": Variant(
         "4e: pairs on which segmenters of the real cases agree with Dice 0.6 to 0.97", agreement=(0.6, 0.97)
     ),
+    "relabelled": Variant("4e: labels inside the guide as segmenters see them", relabel=True, mixing="falling"),
+    "falling": Variant("4f: ever fewer synthetic pairs in a batch, none in its last third", mixing="falling"),
     "pretrain": Variant("4f: synthetic first, then real", mixing="pretrain"),
     "300 pairs": Variant("300 pairs instead of 90", pairs=300),
     "240 steps": Variant("4h: fine-tuned for half as long", fitting={"finetuning": {"steps": 240}}),
     "decoys": Variant("4i: healthy tissue repainted elsewhere", decoys=True),
+    "decoys, falling": Variant("4i with 4f", decoys=True, mixing="falling"),
+    "copy-paste, falling": Variant("the composites themselves, ever fewer", start=True, mixing="falling"),
+    "pseudo-labels": Variant(
+        "4g: unlabelled images with the masks segmenters draw", unlabelled="pairs", mixing="falling"
+    ),
+    "unlabelled": Variant("4g: unlabelled images as donors and backgrounds", unlabelled="sources", mixing="falling"),
+    "unlabelled, retexture": Variant(
+        "4g with 4a: unlabelled images repainted to fit the masks segmenters draw",
+        painting=strength(0.5, 0.3),
+        unlabelled="retexture",
+        mixing="falling",
+    ),
     "shifted": Variant("must lose: labels moved by 15 % of the width", shift=0.15),
     "copies": Variant("must be null: the real cases again", copies=True),
 }

@@ -147,6 +147,17 @@ def test_pretraining_ends_where_real_pairs_begin_and_counts_their_steps_alone() 
     assert seen == [-3, -2, -1, 0, 1]
 
 
+def test_synthetic_pairs_fall_to_none_before_the_longest_training_ends() -> None:
+    settings = Evaluation(steps=90, batch_size=6)
+    beside = [training.synthetic_beside(settings, step, "falling") for step in range(90)]
+    assert beside[0] == 6
+    assert beside == sorted(beside, reverse=True)
+    assert beside[30] == 3
+    assert set(beside[60:]) == {0}
+    assert {training.synthetic_beside(settings, step, "joint") for step in range(90)} == {6}
+    assert [training.synthetic_beside(settings, step, "pretrain") for step in (-1, 0)] == [6, 0]
+
+
 def test_a_segmenter_learns_discs() -> None:
     torch.set_num_threads(1)
     network = trained(Evaluation(steps=100, batch_size=4, learning_rate=3e-3, ema_decay=0.9))

@@ -10,7 +10,7 @@ from pydantic import Field
 from meddiff.contracts.base import Contract, DatasetId, JobId, Sha256, Stored
 from meddiff.contracts.recipes import Recipe
 
-Mixing = Literal["joint", "pretrain"]
+Mixing = Literal["joint", "falling", "pretrain"]
 ComparedArm = Literal["synthetic", "copy-paste", "oracle"]
 Verdict = Literal["helps", "adds nothing", "harms"]
 
@@ -20,8 +20,8 @@ REAL = "real"
 
 class Arm(Contract):
     """What a segmenter is trained on: ``share`` times as many real cases as there are training cases (2 is the oracle,
-    0.5 a point of the learning curve) and ``pairs`` of ``source``, mixed in every batch (``joint``) or trained on first
-    (``pretrain``)."""
+    0.5 a point of the learning curve) and ``pairs`` of ``source``, mixed in every batch (``joint``), ever fewer until
+    there are none (``falling``), or trained on first (``pretrain``)."""
 
     name: str
     share: Annotated[float, Field(gt=0, le=2)] = 1.0

@@ -121,9 +121,10 @@ class Work(Contract):
 class Evaluation(Contract):
     """How segmenters are trained and compared. ``size``: side of the square that images are stretched to; ``steps``:
     the longest training, of which every ``every``-th step may be where an arm stops; ``batch_size``: real pairs of a
-    step, with as many synthetic ones beside them; ``inner_folds``: parts of the training cases held aside in turn to
-    choose the stop; ``pretrain_steps``: steps on synthetic pairs alone where they come first; ``near_duplicate``:
-    cosine similarity of whole images from which two count as one; ``tested``: test cases of a split at most."""
+    step, with at most as many synthetic ones beside them; ``inner_folds``: parts of the training cases held aside in
+    turn to choose the stop; ``pretrain_steps``: steps on synthetic pairs alone where they come first;
+    ``near_duplicate``: cosine similarity of whole images from which two count as one; ``tested``: test cases of a split
+    at most."""
 
     segmenter: Literal["unet", "efficientnet-unet", "dynunet"] = "efficientnet-unet"
     size: Annotated[int, Field(ge=64, le=512, multiple_of=32)] = 96

@@ -18,6 +18,7 @@ from meddiff.seeds import derive
 
 WARMUP_STEPS = 20
 WEIGHT_DECAY = 1e-3
+FALLEN = 2 / 3  # Of the longest training: from there on no synthetic pair is left in a batch that falls.
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def fit(
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Iterator[tuple[int, nn.Module]]:
     """Training for ``steps`` steps of ``settings.batch_size`` real pairs; joint: with as many synthetic ones beside
-    them; pretrain: after ``settings.pretrain_steps`` of synthetic ones alone. AdamW at a constant rate after a warm-up.
+    them; falling: with ever fewer; pretrain: after ``settings.pretrain_steps`` of synthetic ones alone. AdamW at a
+    constant rate after a warm-up.
 
     Every ``settings.every`` steps and at the end: the steps done and the network with its averaged weights (an
     exponential moving average), the same object each time, to be used before the next is asked for. A training of N
@@ -69,8 +71,8 @@ def fit(
         parts = []
         if step >= 0:
             parts.append(_drawn(real, settings.batch_size, derive(seed, "real", step)))
-        if synthetic is not None and (step < 0 or mixing == "joint"):
-            parts.append(_drawn(synthetic, settings.batch_size, derive(seed, "synthetic", step)))
+        if synthetic is not None and (beside := synthetic_beside(settings, step, mixing)):
+            parts.append(_drawn(synthetic, beside, derive(seed, "synthetic", step)))
         images, masks = (torch.cat(field) for field in zip(*parts, strict=True))
         optimiser.param_groups[0]["lr"] = settings.learning_rate * min(1.0, (step + first + 1) / WARMUP_STEPS)
         optimiser.zero_grad()
@@ -80,6 +82,14 @@ def fit(
         averaged.update_parameters(network)
         if step >= 0 and ((step + 1) % settings.every == 0 or step + 1 == steps):
             yield step + 1, averaged.module.eval()
+
+
+def synthetic_beside(settings: Evaluation, step: int, mixing: Mixing) -> int:
+    """How many synthetic pairs a step's batch holds; steps below 0 come before the first real pair."""
+    whole = settings.batch_size
+    if mixing == "falling":
+        return round(whole * max(0.0, 1 - step / (FALLEN * settings.steps)))
+    return whole if mixing == "joint" or step < 0 else 0
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
