@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobspecs import CREATED, DATASET, JOB, small
 from meddiff.contracts.evaluation import Split
-from meddiff.contracts.jobs import EndStatus, EvaluateSpec, FinetuneSpec
+from meddiff.contracts.jobs import End, EndStatus, EvaluateSpec, FinetuneSpec
+from meddiff.contracts.problems import problem
 from meddiff.contracts.requests import EvaluateRequest
 from meddiff.contracts.tasks import Stage, Task
 from meddiff.planning import evaluation
@@ -41,6 +42,11 @@ def spec(**request: Any) -> EvaluateSpec:
     )
 
 
+def ended(status: EndStatus) -> End:
+    why = problem("task-failed", "The disk was full.") if status == "failed" else None
+    return End(status=status, finished_at=CREATED, problem=why)
+
+
 @dataclass
 class World:
     """An evaluation's markers and its child jobs."""
@@ -56,7 +62,7 @@ class World:
             IMPORTED if "import" in self.done else None,
             splits=self.cut if "split" in self.done else None,
             reported={"verdict": "helps", "runs": 0} if "report" in self.done else None,
-            children=self.children,
+            children={child: None if status is None else ended(status) for child, status in self.children.items()},
         )
 
     def run(self, task: Task) -> None:
@@ -123,15 +129,15 @@ def test_converges_whatever_ends_first(request: dict[str, Any], choices: list[in
     assert world.done["segmenter"] == set(range(len(evaluation.runs(wanted, cut))))
 
 
-def test_a_child_that_fails_ends_the_evaluation_and_is_named() -> None:
+def test_a_child_that_fails_ends_the_evaluation_which_names_it_and_says_why() -> None:
     wanted, cut = spec(folds=2), (split(0), split(1))
     child = evaluation.finetunes(wanted, IMPORTED, cut)[1].id
     ending = plan(
-        wanted, Observed({"import": {0}, "split": {0}}, IMPORTED, splits=cut, children={child: "failed"})
+        wanted, Observed({"import": {0}, "split": {0}}, IMPORTED, splits=cut, children={child: ended("failed")})
     ).ending
     assert ending is not None
     assert ending.problem is not None
-    assert child in ending.problem.detail
+    assert ending.problem.detail == f"Job {child} failed: The disk was full."
     assert ending.problem.type.endswith("child-failed")
 
 

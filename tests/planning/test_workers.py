@@ -17,10 +17,10 @@ import pytest
 from jobspecs import finetune, generate, imported, scored, small
 from meddiff.contracts.jobs import End, FinetuneSpec, Spec
 from meddiff.contracts.tasks import QUEUE_OF, Marker, Task, TaskFault
-from meddiff.planning.dispatch import active_jobs, cancel, sweep
+from meddiff.planning.dispatch import active_jobs, cancel, finish, sweep
 from meddiff.planning.jobs import read_job
 from meddiff.planning.leases import Leases, Snapshot
-from meddiff.planning.plan import finetune_steps
+from meddiff.planning.plan import Ending, finetune_steps
 from meddiff.planning.queues import Sender, celery_app
 from meddiff.planning.selection import Entry, Tally, budget, fold, is_full
 from meddiff.settings import Settings
@@ -199,6 +199,14 @@ def test_cancel_takes_effect_at_the_next_step(cluster: Cluster) -> None:
     assert end.status == "cancelled"
     assert not cluster.leases.snapshot().runs("local", JOBS[0])
     assert not cluster.store.exists(keys.done("inpainter", 0))
+
+
+def test_a_child_whose_parent_has_ended_is_cancelled(cluster: Cluster) -> None:
+    cluster.start_worker()
+    parent, child = finetune(job_id=JOBS[0]), finetune(job_id=JOBS[1]).model_copy(update={"parent": JOBS[0]})
+    finish(cluster.store, parent, Ending("failed"))
+    keys = cluster.submit(child)
+    assert cluster.until(lambda: cluster.end_of(keys)).status == "cancelled"
 
 
 def test_a_leaving_worker_stops_at_the_next_step_and_another_takes_up_the_task(cluster: Cluster) -> None:

@@ -46,8 +46,10 @@ def advance(store: ObjectStore, leases: Leases, send: Send, tenant: str, job_id:
     if store.exists(keys.end):
         store.delete([active(tenant, job_id)])
         return
+    if spec.parent is not None and store.exists(JobKeys(tenant, spec.parent).end):
+        cancel(store, tenant, job_id, datetime.now(UTC))
     observed = observe(store, leases, spec)
-    going_on = [child for child, status in observed.children.items() if status is None]
+    going_on = [child for child, end in observed.children.items() if end is None]
     for child_id in going_on:  # Again, for who submitted it may have been cut off before.
         store.put(active(tenant, child_id), b"")
     decision = plan(spec, observed)

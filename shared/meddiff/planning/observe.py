@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from meddiff.contracts.evaluation import Split
-from meddiff.contracts.jobs import End, EndStatus, EvaluateSpec, FinetuneSpec, GenerateSpec, Spec
+from meddiff.contracts.jobs import End, EvaluateSpec, FinetuneSpec, GenerateSpec, Spec
 from meddiff.contracts.tasks import Marker, Stage, TaskFault
 from meddiff.planning import evaluation
 from meddiff.planning.leases import Leases
@@ -60,14 +60,14 @@ def observe(store: ObjectStore, leases: Leases | None, spec: Spec) -> Observed:
 
 def _children(
     store: ObjectStore, spec: EvaluateSpec, imported: dict[str, Any], splits: tuple[Split, ...]
-) -> dict[str, EndStatus | None]:
+) -> dict[str, End | None]:
     children: list[FinetuneSpec | GenerateSpec] = [*evaluation.finetunes(spec, imported, splits)]
     children += evaluation.generates(spec, imported, splits)
-    found: dict[str, EndStatus | None] = {}
+    found: dict[str, End | None] = {}
     for child in children:
         keys = JobKeys(child.tenant, child.id)
         try:
-            found[child.id] = store.get_json(keys.end, End).status
+            found[child.id] = store.get_json(keys.end, End)
         except NotFound:
             if store.exists(keys.spec):
                 found[child.id] = None

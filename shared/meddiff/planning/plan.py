@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meddiff.contracts.evaluation import Split
-from meddiff.contracts.jobs import EndStatus, EvaluateSpec, FinetuneSpec, GenerateSpec, Spec
+from meddiff.contracts.jobs import End, EndStatus, EvaluateSpec, FinetuneSpec, GenerateSpec, Spec
 from meddiff.contracts.problems import Problem, problem
 from meddiff.contracts.recipes import Recipe
 from meddiff.contracts.tasks import KILLED, Stage, Task
@@ -33,7 +33,7 @@ class Observed:
     """What exists of a job. ``done``: shards with a marker, by stage; of a generate job's shards only those at or
     beyond the tally's watermark need be named. ``imported``: output of the import marker. ``faults``: errors by stage
     and shard, in the order they happened. Of an evaluation also ``splits``, ``reported`` (output of the report's
-    marker), and ``children``: how those of its child jobs that exist ended, None while they go on."""
+    marker), and ``children``: the ends of those of its child jobs that exist, None while they go on."""
 
     done: Mapping[Stage, Collection[int]] = field(default_factory=dict)
     imported: Mapping[str, Any] | None = None
@@ -42,10 +42,15 @@ class Observed:
     cancelled: bool = False
     splits: tuple[Split, ...] | None = None
     reported: Mapping[str, Any] | None = None
-    children: Mapping[str, EndStatus | None] = field(default_factory=dict)
+    children: Mapping[str, End | None] = field(default_factory=dict)
 
     def has(self, stage: Stage, shard: int = 0) -> bool:
         return shard in self.done.get(stage, ())
+
+    def succeeded(self, child: str) -> bool:
+        """Whether a child job made what it was there for: fewer pairs than asked for are some."""
+        end = self.children.get(child)
+        return end is not None and end.status in ("succeeded", "incomplete")
 
 
 @dataclass(frozen=True)
@@ -184,22 +189,23 @@ def _plan_evaluate(spec: EvaluateSpec, observed: Observed) -> Plan:
         return Plan((Task(tenant=spec.tenant, job_id=spec.id, stage="split"),))
     if observed.reported is not None:
         return Plan(ending=Ending("succeeded", dict(observed.reported)))
-    for child, status in observed.children.items():
-        if status in ("failed", "cancelled"):
-            return Plan(ending=Ending("failed", problem=problem("child-failed", f"Job {child} {status}.")))
+    for child, end in observed.children.items():
+        if end is not None and not observed.succeeded(child):
+            why = f": {end.problem.detail}" if end.problem is not None else "."
+            return Plan(ending=Ending("failed", problem=problem("child-failed", f"Job {child} {end.status}{why}")))
     due: dict[Task, None] = {}
     for number, run in enumerate(evaluation.runs(spec, observed.splits)):
         if observed.has("segmenter", number):
             continue
-        made = observed.children.get(evaluation.pairs_job(spec, run.split)) in ("succeeded", "incomplete")
-        if run.arm.source is not None and not made and spec.synthetic_job is None:
+        made = spec.synthetic_job is not None or observed.succeeded(evaluation.pairs_job(spec, run.split))
+        if run.arm.source is not None and not made:
             continue
         stopped = observed.has("stop", run.stop)
         stage: Stage = "segmenter" if stopped else "stop"
         shard = number if stopped else run.stop
         due[Task(tenant=spec.tenant, job_id=spec.id, stage=stage, shard=shard)] = None
     children = tuple(_children_due(spec, observed, observed.imported, observed.splits))
-    if not due and all(status is not None for status in observed.children.values()) and not children:
+    if not due and all(end is not None for end in observed.children.values()) and not children:
         return Plan((Task(tenant=spec.tenant, job_id=spec.id, stage="report"),))
     return Plan(tuple(due), children)
 
@@ -211,7 +217,7 @@ def _children_due(
     fitted = evaluation.finetunes(spec, imported, splits)
     yield from (child for child in fitted if child.id not in observed.children)
     for number, child in enumerate(evaluation.generates(spec, imported, splits)):
-        ready = not fitted or observed.children.get(fitted[number].id) == "succeeded"
+        ready = not fitted or observed.succeeded(fitted[number].id)
         if ready and child.id not in observed.children:
             yield child
 
