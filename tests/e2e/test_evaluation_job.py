@@ -150,6 +150,20 @@ def test_pairs_with_a_test_case_in_them_are_refused_and_the_case_is_named(
         assert own.image_sha256 in ended.problem.errors[0].detail
 
 
+def test_a_lesion_free_image_that_shows_a_test_case_is_refused(service: Service, dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copied"
+    shutil.copytree(dataset, folder)
+    image = sorted((folder / "images").iterdir())[0]
+    pixels = np.asarray(Image.open(image)).astype(int) + 3
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / "backgrounds" / "zz.png")
+    ended = service.client.wait(service.client.evaluate(service.client.upload(folder).id, folds=2).id)
+    assert ended.problem is not None
+    assert ended.problem.type.endswith(":leak")
+    digest = sha256_hex(encode_png(decode_image(image.read_bytes()).pixels))
+    assert digest in ended.problem.errors[0].detail
+    assert "lesions are painted on it" in ended.problem.errors[0].detail
+
+
 def _plant(dataset: Path, digest: str, folder: Path, brighter: int) -> None:
     """The dataset's case of that digest among those of ``folder``."""
     images = (dataset / "images").iterdir()

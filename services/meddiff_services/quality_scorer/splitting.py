@@ -44,6 +44,13 @@ def split(work: Work) -> Outcome:
     except ValueError as error:
         raise ProblemError("invalid-dataset", f"The dataset cannot be split: {error}") from None
     _judge(spec, found)
+    if spec.request.fits_generators and dataset.backgrounds:
+        tested = {digest for one in found for digest in one.test}
+        _refuse_leaks(
+            work,
+            [load(work, dataset.id, case) for case in cases if case.image_sha256 in tested],
+            [Part(load(work, dataset.id, case), "lesions are painted on it") for case in dataset.backgrounds],
+        )
     notes = [f"{len(set(group_of))} groups of cases (a patient, or nearly the same picture) among {len(cases)}"]
     if "oracle" in spec.request.arms and not any(arm.share > 1 for arm in evaluation.arms(spec.request, found)):
         notes.append("no oracle: too few further cases, or none that the generator has not seen")
