@@ -49,9 +49,11 @@ def material(work: Work, number: int, arm: Arm) -> Material:
     """What an arm trains on in split ``number``."""
     split = splits(work)[number]
     wanted = [*split.train, *split.extra][: max(1, round(arm.share * len(split.train)))]
-    real = [(case.image, case.mask) for case in load_cases(work, wanted)]
+    cases = load_cases(work, wanted)
+    real = [(case.image, case.mask) for case in cases]
+    patients = [case.case.patient or case.case.image_sha256 for case in cases]
     if arm.source is None:
-        return Material(real)
+        return Material(real, patients=patients)
     pairs = made(work, number)
     if not pairs:
         raise ProblemError("child-failed", f"Job {_makers(work, number).spec.id} made no pair that was accepted")
@@ -63,7 +65,7 @@ def material(work: Work, number: int, arm: Arm) -> Material:
         shown = {candidate.donor.image_sha256, candidate.background.image_sha256}
         origins.append(frozenset(places[digest] for digest in shown & places.keys()))
         work.raise_if_stopped()
-    return Material(real, synthetic, origins, arm.mixing)
+    return Material(real, synthetic, origins, arm.mixing, patients)
 
 
 def _picture(work: Work, number: int, arm: Arm, pair: Pair, candidate: Candidate) -> trials.Pair:

@@ -210,6 +210,14 @@ def test_a_stop_is_chosen_with_every_case_held_aside_once() -> None:
     assert [step for step, _ in told] == sorted(step for step, _ in told)
 
 
+@pytest.mark.parametrize(("patients", "trainings"), [("aabbaa", 2), ("aabbcc", 3), ("aaaaaa", 3), ("", 3)])
+def test_a_patient_is_held_aside_as_a_whole_where_there_are_several(patients: str, trainings: int) -> None:
+    told: list[tuple[int, int]] = []
+    material = trials.Material([disc(n) for n in range(6)], patients=patients)
+    trials.stop_curve(material, QUICK, 3, lambda *step: told.append(step))
+    assert told[-1] == (6 * trainings - 1, 6 * trainings)
+
+
 def test_the_stop_is_not_chosen_by_a_single_lucky_step() -> None:
     assert trials.best_stop({50: 0.5, 100: 0.9, 150: 0.4, 200: 0.7, 250: 0.75, 300: 0.74, 350: 0.6}) == 250
 

@@ -24,20 +24,24 @@ OnStep = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Material:
     """What an arm's segmenters are trained on. ``made_from``: of each synthetic pair the places of the real ones that
-    it shows (its donor, its background)."""
+    it shows (its donor, its background). ``patients``: of each real one whose it is; where empty, all differ."""
 
     real: Sequence[Pair]
     synthetic: Sequence[Pair] = ()
     made_from: Sequence[frozenset[int]] = ()
     mixing: Mixing = "joint"
+    patients: Sequence[str] = ()
 
 
 def stop_curve(material: Material, settings: Evaluation, seed: int, on_step: OnStep) -> dict[int, float]:
     """Mean Dice of the training cases, each held aside in one of ``settings.inner_folds`` trainings, by steps trained.
 
-    A synthetic pair that shows a case held aside is left out of that training.
+    A patient's cases are held aside together. A synthetic pair that shows one of them is left out of that training.
     """
-    parts = splits.folds(range(len(material.real)), min(settings.inner_folds, len(material.real)), seed)
+    patients = material.patients
+    several = len(set(patients)) > 1  # Of one patient's cases each is held aside alone.
+    group_of = [patients.index(name) for name in patients] if several else range(len(material.real))
+    parts = splits.folds(group_of, min(settings.inner_folds, len(set(group_of))), seed)
     dice: dict[int, list[float]] = defaultdict(list)
     for number, held in enumerate(parts):
         inside = [pair for place, pair in enumerate(material.real) if place not in held]
