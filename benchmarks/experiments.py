@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from meddiff.contracts.evaluation import REAL, Arm, ArmResult, Interval
+from meddiff.contracts.evaluation import REAL, Arm, ArmResult, Interval, Row
 from meddiff.science.evaluation import report
-from meddiff.science.evaluation.comparison import gain
+from meddiff.science.evaluation.comparison import gain, holm
 
 from benchmarks.utility import Training, read
 from benchmarks.variants import VARIANTS
 
 Key = tuple[str, bool, str, int]
 """Dataset, whether its development half, segmenter, real cases."""
+ASKED = ("synthetic", "copy-paste", "real x2")
 
 
 def arm_of(training: Training) -> Arm:
@@ -123,11 +124,45 @@ def page(trainings: Sequence[Training]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def overview(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
+    """The gain of the arms that the question is about, a dataset a line; p of ``synthetic`` is Holm's over datasets."""
+    found = {key[0]: {one.name: one for one in results(trainings)} for key, trainings in groups.items()}
+    raw = {
+        name: gain(report.differences(*(_rows(groups, name, arm) for arm in ("synthetic", REAL)))).p
+        for name, arms in found.items()
+        if "synthetic" in arms
+    }
+    adjusted = holm(raw)
+    lines = ["| dataset | real | " + " | ".join(ASKED) + " | p of synthetic, Holm over datasets | worth |"]
+    lines.append("|---" * (len(ASKED) + 4) + "|")
+    for name, arms in found.items():
+        worth = arms["synthetic"].equivalents if "synthetic" in arms else None
+        cells = [
+            name,
+            f"{100 * arms[REAL].dice:.1f}",
+            *(_gain_of(arms.get(arm)) for arm in ASKED),
+            f"{adjusted[name]:.3f}" if name in adjusted else "",
+            "" if worth is None else f"{worth.mean:+.0f} cases",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _gain_of(result: ArmResult | None) -> str:
+    return "" if result is None or result.gain is None else interval(result.gain)
+
+
+def _rows(groups: Mapping[Key, Sequence[Training]], dataset: str, arm: str) -> list[Row]:
+    return [
+        row for key, some in groups.items() if key[0] == dataset for one in some for row in one.rows() if row.arm == arm
+    ]
+
+
 def answer(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
     """What the page opens with."""
     for development in (False, True):
         some = {key: found for key, found in groups.items() if key[1] == development and key[3] == 30}
-        found = {arm: over_datasets(some, arm) for arm in ("synthetic", "copy-paste", "real x2")}
+        found = {arm: over_datasets(some, arm) for arm in ASKED}
         lines = [
             f"{arm}: {interval(one[1])} points of Dice over 30 real cases alone, mean of {one[0]} dataset(s)."
             for arm, one in found.items()
@@ -135,7 +170,7 @@ def answer(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
         ]
         if lines:
             where = "on cases of the development half" if development else "on cases kept for the end"
-            return [f"**The answer so far**, {where}:", "", *[f"* {line}" for line in lines]]
+            return [f"**The answer so far**, {where}:", "", *[f"* {line}" for line in lines], "", *overview(some)]
     return ["No run has ended yet."]
 
 

@@ -6,7 +6,8 @@ For each draw of the training cases a generator is fitted to them alone. Segment
 more or fewer of them (the learning curve; twice as many are the oracle), and on the real cases beside each variant of
 synthetic pairs (``benchmarks/variants.py``). Where an arm stops is chosen inside the training cases, by one rule. A
 training is a line of ``--rows``, appended when it ends; what is there is not made again, so a run that was cut off goes
-on. ``--development`` uses the cases kept for tuning, without it the others are used (``is_development``).
+on. ``--development`` uses the cases kept for tuning, and writes down which they are, without it the others are used
+(``is_development``).
 """
 
 from __future__ import annotations
@@ -370,6 +371,8 @@ def trials_due(arguments: argparse.Namespace, done: set[tuple[str | int | bool, 
 def record(arguments: argparse.Namespace) -> None:
     """Runs what is due, some trials at a time, until all is done or the hours are over."""
     begun = time.monotonic()
+    if arguments.development:
+        write_development(arguments)
     due = trials_due(arguments, {one.key for one in read(arguments.rows)})
     with ProcessPoolExecutor(arguments.processes) as pool:
         running: set[Future[list[Training]]] = set()
@@ -393,6 +396,15 @@ def record(arguments: argparse.Namespace) -> None:
                         f"{one.steps} steps, Dice {100 * np.mean(one.dice):.1f}, {one.seconds:.0f} s",
                         flush=True,
                     )
+
+
+def write_development(arguments: argparse.Namespace) -> None:
+    """Digests of the cases that tuning may see, a file a dataset."""
+    folder = arguments.rows.parent / "development"
+    folder.mkdir(exist_ok=True)
+    for name in arguments.dataset:
+        digests = sorted(load(arguments.data / name, True).cases)
+        (folder / f"{name}.txt").write_text("".join(f"{digest}\n" for digest in digests))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
