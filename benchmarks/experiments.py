@@ -30,7 +30,7 @@ def arm_of(training: Training) -> Arm:
     if name.startswith(REAL):
         share = name.removeprefix(REAL).partition(",")[0].strip(" x")
         return Arm(name=name, share=float(share or 1))
-    return Arm(name=name, source="copy-paste" if name == "copy-paste" else "synthetic", pairs=training.pairs)
+    return Arm(name=name, source="copy-paste" if name.startswith("copy-paste") else "synthetic", pairs=training.pairs)
 
 
 def results(trainings: Sequence[Training]) -> tuple[ArmResult, ...]:

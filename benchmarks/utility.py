@@ -207,15 +207,16 @@ def _material(trial: Trial, cases: Cases, draw: splits.Draw) -> Material:
         synthetic = [(case.image, case.mask) for case in pseudo]
         return Material(real, synthetic, [frozenset()] * len(synthetic), variant.mixing)
     made = pairs_of(trial, cases, draw, variant, pseudo)
-    origins = [frozenset({one.donor, one.background} - {None}) for one in made]
     if variant.relabel:
         made = [_relabelled(trial, one) for one in made]
     synthetic = [(one.start, one.shape) if variant.start else (one.image, one.label) for one in made]
     synthetic = [(image, shifted(mask, variant.shift)) for image, mask in synthetic]
-    of_train = [
-        origin & set(range(len(real))) if variant.unlabelled != "retexture" else frozenset() for origin in origins
+    trained_on = range(0 if variant.unlabelled == "retexture" else len(real))
+    origins = [
+        frozenset(place for place in (one.donor, one.background) if place is not None and place in trained_on)
+        for one in made
     ]
-    material = Material(real, synthetic, of_train, variant.mixing)  # type: ignore[arg-type]
+    material = Material(real, synthetic, origins, variant.mixing)
     return material if variant.agreement is None else _agreeing(trial, material, variant.agreement)
 
 

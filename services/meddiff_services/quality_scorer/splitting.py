@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from meddiff.contracts.dataset import Case, Dataset
+from meddiff.contracts.dataset import Case
 from meddiff.contracts.evaluation import REAL, Split
 from meddiff.contracts.jobs import EvaluateSpec, GenerateSpec
 from meddiff.contracts.models import ModelCard
@@ -19,9 +19,8 @@ from meddiff.science.evaluation import splits
 from meddiff.seeds import derive
 from meddiff.store.keys import ModelKeys
 
-from meddiff_services.cases import Loaded, load
+from meddiff_services.cases import load
 from meddiff_services.loading import load_encoder
-from meddiff_services.pictures import Pixels
 from meddiff_services.trials import pairs_manifest
 from meddiff_services.worker import Outcome, Work
 
@@ -38,19 +37,20 @@ def split(work: Work) -> Outcome:
     output = work.marker("import", 0).output
     dataset = load_dataset(work.store, work.tenant, output["dataset_id"])
     cases = _shuffled(spec, first_of_each_picture(dataset).values())
-    group_of = _groups(work, dataset, cases)
+    here = [Seen(dataset.id, case) for case in cases]
+    vectors = _embeddings(work, here)
+    patients = [case.patient for case in cases]
+    group_of = splits.groups(patients, vectors, spec.recipe.evaluation.near_duplicate)
     try:
         found = _drawn(spec, cases, group_of) if spec.request.fits_generators else _given(work, cases, group_of)
     except ValueError as error:
         raise ProblemError("invalid-dataset", f"The dataset cannot be split: {error}") from None
     _judge(spec, found)
     if spec.request.fits_generators and dataset.backgrounds:
-        tested = {digest for one in found for digest in one.test}
-        _refuse_leaks(
-            work,
-            [load(work, dataset.id, case) for case in cases if case.image_sha256 in tested],
-            [Part(load(work, dataset.id, case), "lesions are painted on it") for case in dataset.backgrounds],
-        )
+        digests = {digest for one in found for digest in one.test}
+        tested = [place for place, case in enumerate(cases) if case.image_sha256 in digests]
+        grounds = [Seen(dataset.id, case, "lesions are painted on it") for case in dataset.backgrounds]
+        _refuse_leaks(work, [here[place] for place in tested], vectors[tested], grounds)
     notes = [f"{len(set(group_of))} groups of cases (a patient, or nearly the same picture) among {len(cases)}"]
     if "oracle" in spec.request.arms and not any(arm.share > 1 for arm in evaluation.arms(spec.request, found)):
         notes.append("no oracle: too few further cases, or none that the generator has not seen")
@@ -73,15 +73,19 @@ def _shuffled(spec: EvaluateSpec, cases: Iterable[Case]) -> list[Case]:
     return sorted(cases, key=lambda case: derive(spec.request.seed, "order", case.image_sha256))
 
 
-def _groups(work: Work, dataset: Dataset, cases: Sequence[Case]) -> list[int]:
-    images = [load(work, dataset.id, case).image for case in cases]
-    vectors = _embeddings(work, images)
-    patients = [case.patient for case in cases]
-    return splits.groups(patients, vectors, work.spec.recipe.evaluation.near_duplicate)
+@dataclass(frozen=True)
+class Seen:
+    """A picture, and the part that it had in making the pairs, if any."""
+
+    dataset_id: str
+    case: Case
+    role: str = ""
 
 
-def _embeddings(work: Work, images: Sequence[Pixels]) -> np.ndarray:
-    return splits.whole_image_embeddings(load_encoder(work.spec.recipe.quality, work.settings, work.store), images)
+def _embeddings(work: Work, pictures: Iterable[Seen]) -> np.ndarray:
+    """Unit vectors (n, d), one picture in memory at a time."""
+    encoder = load_encoder(work.spec.recipe.quality, work.settings, work.store)
+    return splits.whole_image_embeddings(encoder, (load(work, one.dataset_id, one.case).image for one in pictures))
 
 
 def _drawn(spec: EvaluateSpec, cases: Sequence[Case], group_of: Sequence[int]) -> list[Split]:
@@ -106,14 +110,6 @@ def _drawn(spec: EvaluateSpec, cases: Sequence[Case], group_of: Sequence[int]) -
 # ----------------------------------------------------------------------------------------------------- given pairs
 
 
-@dataclass(frozen=True)
-class Part:
-    """A picture that had a part in making the pairs, and which."""
-
-    loaded: Loaded
-    role: str
-
-
 def _given(work: Work, cases: Sequence[Case], group_of: Sequence[int]) -> list[Split]:
     """The one split of pairs that are there, or that a model makes: its own cases train, others test."""
     spec: EvaluateSpec = work.spec
@@ -134,7 +130,8 @@ def _given(work: Work, cases: Sequence[Case], group_of: Sequence[int]) -> list[S
         detail = "No case is left to test on: give others as test_uri, or ask for folds"
         raise ProblemError("invalid-dataset", detail)
     tests = tests[: spec.recipe.evaluation.tested]
-    _refuse_leaks(work, [load(work, *test) for test in tests], list(_parts(work, card)))
+    pictures = [Seen(*test) for test in tests]
+    _refuse_leaks(work, pictures, _embeddings(work, pictures), list(_parts(work, card)))
     return [
         Split(
             train=tuple(cases[place].image_sha256 for place in train),
@@ -147,13 +144,13 @@ def _apart(group_of: Sequence[int], taken: set[int]) -> list[int]:
     return [place for place, group in enumerate(group_of) if group not in taken]
 
 
-def _parts(work: Work, card: ModelCard) -> Iterator[Part]:
+def _parts(work: Work, card: ModelCard) -> Iterator[Seen]:
     """Every picture that had a part in making the pairs: the model's cases, and the backgrounds and masks that a
     generate job took from elsewhere."""
     dataset = load_dataset(work.store, work.tenant, card.dataset_id)
     by_digest = first_of_each_picture(dataset)
     for case in (*(by_digest[digest] for digest in card.cases), *dataset.backgrounds):
-        yield Part(load(work, card.dataset_id, case), "the model was made from it")
+        yield Seen(card.dataset_id, case, "the model was made from it")
     if work.spec.synthetic_job is None:
         return
     made = read_spec(work.store, work.tenant, work.spec.synthetic_job)
@@ -165,16 +162,17 @@ def _parts(work: Work, card: ModelCard) -> Iterator[Part]:
             continue
         for case in load_dataset(work.store, work.tenant, dataset_id).cases:
             if role == "mask" and case.role == "pair":
-                yield Part(load(work, dataset_id, case), "its mask was there to be a shape")
+                yield Seen(dataset_id, case, "its mask was there to be a shape")
             if role == "background" and case.image_sha256 in behind:
                 pair = behind[case.image_sha256]
-                yield Part(load(work, dataset_id, case), f"it is the background of pair {pair}")
+                yield Seen(dataset_id, case, f"it is the background of pair {pair}")
 
 
-def _refuse_leaks(work: Work, tests: Sequence[Loaded], parts: Sequence[Part]) -> None:
+def _refuse_leaks(work: Work, tests: Sequence[Seen], vectors: np.ndarray, parts: Sequence[Seen]) -> None:
+    """Raises ``ProblemError`` ``leak`` for test cases, ``vectors`` (n, d) of them, that are or nearly are a part."""
     threshold = work.spec.recipe.evaluation.near_duplicate
-    roles = {part.loaded.case.image_sha256: part.role for part in reversed(parts)}
-    alike = _embeddings(work, [one.image for one in tests]) @ _embeddings(work, [p.loaded.image for p in parts]).T
+    roles = {part.case.image_sha256: part.role for part in reversed(parts)}
+    alike = vectors @ _embeddings(work, parts).T
     faults = []
     for test, row in zip(tests, alike, strict=True):
         digest, nearest = test.case.image_sha256, int(row.argmax())
@@ -183,7 +181,7 @@ def _refuse_leaks(work: Work, tests: Sequence[Loaded], parts: Sequence[Part]) ->
             other = parts[nearest]
             reason = (
                 f"nearly the same picture (cosine similarity {row[nearest]:.3f}, at least {threshold:g}) as image "
-                f"{other.loaded.case.image_sha256}: {other.role}"
+                f"{other.case.image_sha256}: {other.role}"
             )
         if reason is not None:
             faults.append(Fault(pointer=f"cases/{test.case.id}", detail=f"image {digest}: {reason}"))

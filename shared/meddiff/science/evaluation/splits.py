@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ class Draw:
     test: tuple[int, ...]
 
 
-def whole_image_embeddings(encoder: Encoder, images: Sequence[Image]) -> NDArray[np.float32]:
+def whole_image_embeddings(encoder: Encoder, images: Iterable[Image]) -> NDArray[np.float32]:
     """Unit vectors (n, d) of images (H, W, C) as a whole."""
     return np.stack([_embedded(encoder, image) for image in images])
 
