@@ -16,11 +16,13 @@ import argparse
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -223,30 +225,59 @@ def _material(trial: Trial, cases: Cases, draw: splits.Draw) -> Material:
 def pairs_of(
     trial: Trial, cases: Cases, draw: splits.Draw, variant: Variant, unlabelled: Sequence[Case] = ()
 ) -> list[Made]:
-    """The variant's pairs; of equal generators the fitted one is kept on disk."""
+    """The variant's pairs. Fitted generators and pairs are kept on disk, for several variants share them."""
     train = [list(cases.cases.values())[place] for place in draw.train]
     sources = [*([] if variant.unlabelled == "retexture" else train), *unlabelled]
     recipe = override(RECIPE, variant.fitting)
-    seed = derive(cases.name, "generator", trial.draw)
-    name = f"{cases.name}-{trial.development:d}-{trial.train}-{trial.draw}-{derive(recipe.model_dump_json()):x}"
-    path = trial.cache / f"{name}.safetensors"
-    fitted = fitted_model(train, cases.healthy, recipe, seed, path)
     painting = override(recipe, variant.painting)
     retexture = variant.retexture or variant.unlabelled == "retexture"
-    generator = Generator(sources, cases.healthy, painting, fitted, retexture=retexture, decoys=variant.decoys)
-    return generator.generate(variant.pairs, seed)
+    seed = derive(cases.name, "generator", trial.draw)
+    split = f"{cases.name}-{trial.development:d}-{trial.train}-{trial.draw}"
+    made_by = (painting.model_dump_json(), retexture, variant.decoys, variant.unlabelled or "", variant.pairs)
+    kept = trial.cache / f"{split}-{derive(*made_by):x}.pairs"
+    with FileLock(kept.with_suffix(".lock")):  # Another process may need the same ones.
+        if not kept.exists():
+            path = trial.cache / f"{split}-{derive(recipe.model_dump_json()):x}.safetensors"
+            fitted = fitted_model(train, cases.healthy, recipe, seed, path)
+            generator = Generator(sources, cases.healthy, painting, fitted, retexture=retexture, decoys=variant.decoys)
+            keep(kept, generator.generate(variant.pairs, seed))
+    return read_made(kept)
+
+
+def keep(path: Path, made: Sequence[Made]) -> None:
+    """Writes pairs where ``read_made`` finds them, whole or not at all."""
+    save_whole({f"{n}.{name}": _tensor(value) for n, one in enumerate(made) for name, value in vars(one).items()}, path)
+
+
+def _tensor(value: Pixels | Mask | int | None) -> torch.Tensor:
+    return (
+        torch.from_numpy(value.copy())
+        if isinstance(value, np.ndarray)
+        else torch.tensor(-1 if value is None else value)
+    )
+
+
+def save_whole(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)
+
+
+def read_made(path: Path) -> list[Made]:
+    found: dict[int, dict[str, Any]] = defaultdict(dict)
+    for key, tensor in load_file(path).items():
+        number, name = key.split(".")
+        found[int(number)][name] = tensor.numpy() if tensor.ndim else None if tensor < 0 else int(tensor)
+    return [Made(**found[number]) for number in sorted(found)]
 
 
 def fitted_model(
     train: Sequence[Case], healthy: Sequence[Pixels], recipe: Recipe, seed: int, path: Path
 ) -> dict[str, torch.Tensor]:
     """``fit``, or what it left at ``path`` before."""
-    with FileLock(path.with_suffix(".lock")):  # Another process may need the same one.
+    with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            fitted = fit(train, healthy, recipe, seed)
-            partial = path.with_suffix(".partial")
-            save_file({key: tensor.contiguous() for key, tensor in fitted.items()}, partial)
-            partial.replace(path)
+            save_whole(fit(train, healthy, recipe, seed), path)
     return load_file(path)
 
 

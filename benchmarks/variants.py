@@ -43,6 +43,7 @@ VARIANTS: dict[str, Variant] = {
     "strength 0.4": Variant("4b: strength 0.4", painting=strength(0.4, 0.3)),
     "strength 0.8": Variant("4b: strength 0.8", painting=strength(0.8, 0.3)),
     "wide guide": Variant("4d: a guide twice as wide", painting={"inpainting": {"guide_margin": 0.3}}),
+    "edge band": Variant("4d: the loss weighs five times as much along the edge", {"finetuning": {"edge_weight": 4.0}}),
     "no erosion": Variant("labels not eroded", painting={"erosion": {"share": 0.0}}),
     "agreement": Variant(
         "4e: pairs on which segmenters of the real cases agree with Dice 0.6 to 0.97", agreement=(0.6, 0.97)

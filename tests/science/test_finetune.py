@@ -124,6 +124,14 @@ def test_loss_lies_inside_the_guide_alone(checkpoint: Path) -> None:
     assert (cache["loss_mask"][cache["mask"] == 0] == 0).all()
 
 
+def test_the_edge_of_a_shape_weighs_more_where_the_recipe_says_so(checkpoint: Path) -> None:
+    cache = cached(loaded(checkpoint), override(SMALL, {"finetuning": {"edge_weight": 4.0, "repair_share": 0.0}}))
+    weight, mask = cache["loss_mask"], cache["mask"]
+    edge = (mask > 0.5) & (mask < 1)
+    assert set(weight[edge].tolist()) - {0.0} == {5.0}  # 0 beyond the picture.
+    assert (weight[mask == 1] <= 1).all()
+
+
 def test_padded_pixels_carry_no_loss(checkpoint: Path) -> None:
     image, _ = pair(0, 40, 120)
     mask = np.zeros((40, 120), np.bool_)

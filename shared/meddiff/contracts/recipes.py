@@ -33,7 +33,8 @@ class Finetuning(Contract):
     """Eq. 1. ``variants``: augmented versions of each pair whose latents are cached; ``repair_share``: share of
     training examples that are holes in healthy tissue; ``guide_margin``: range of the guide's margin around the shape,
     as a share of the shape's equivalent diameter; ``separate_repair``: the paper's second U-Net on inverted masks;
-    ``outside_weight``: what the loss weighs outside the guide."""
+    ``outside_weight``: what the loss weighs outside the guide; ``edge_weight``: what is added to it along the shape's
+    edge."""
 
     prompt: str = Field("An image of hta", min_length=1, max_length=200)
     steps: Annotated[int, Field(ge=1, le=100_000)]
@@ -47,6 +48,7 @@ class Finetuning(Contract):
     separate_repair: bool = False
     schedule: Literal["constant", "cosine"] = "constant"
     outside_weight: Unit = 0.0
+    edge_weight: Annotated[float, Field(ge=0, le=100)] = 0.0
     gradient_checkpointing: bool = False
     segment_steps: Positive
     preview_pairs: Annotated[int, Field(ge=0, le=16)] = 4
@@ -128,11 +130,11 @@ class Evaluation(Contract):
 
     segmenter: Literal["unet", "efficientnet-unet", "dynunet"] = "efficientnet-unet"
     size: Annotated[int, Field(ge=64, le=512, multiple_of=32)] = 96
-    steps: Annotated[int, Field(ge=1, le=100_000)] = 360
-    every: Positive = 40
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 480
+    every: Positive = 80
     batch_size: Annotated[int, Field(ge=1, le=64)] = 6
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     pretrain_steps: Annotated[int, Field(ge=1, le=100_000)] = 120
     inner_folds: Annotated[int, Field(ge=2, le=10)] = 3
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.95

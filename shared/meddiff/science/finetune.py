@@ -168,7 +168,9 @@ def prepare(
     tensor = as_model_input(pixels)
     kept = torch.from_numpy(~guide)
     cells = geometry.guide_cells(guide, factor)
-    weight = np.where(cells, 1.0, recipe.finetuning.outside_weight) * ~geometry.guide_cells(~real, factor)
+    edge = geometry.guide_cells(shape, factor) & geometry.guide_cells(~shape, factor)
+    weight = np.where(cells, 1.0, recipe.finetuning.outside_weight) + recipe.finetuning.edge_weight * edge
+    weight *= ~geometry.guide_cells(~real, factor)
     return {
         "image": tensor,
         "masked": tensor * kept,

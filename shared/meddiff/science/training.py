@@ -114,13 +114,13 @@ def train_segment(
         load_weights(module, state.params)
     module.train()
     params = _trainable(module)
-    optimizer = torch.optim.AdamW(params.values(), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(params.values(), weight_decay=0.0, fused=True)
     wrapped, wrapped_optimizer = accelerator.prepare(module, optimizer)
     params = _trainable(accelerator.unwrap_model(wrapped))
     if state is not None and state.step:
         for name, p in params.items():
             optimizer.state[p] = {
-                "step": torch.tensor(float(state.step)),
+                "step": torch.tensor(float(state.step), device=p.device),
                 "exp_avg": state.exp_avg[name].to(p, copy=True),
                 "exp_avg_sq": state.exp_avg_sq[name].to(p, copy=True),
             }
@@ -144,10 +144,9 @@ def train_segment(
         step += 1
         decay = min(ema_decay, step / (10 + step))
         with torch.no_grad():
-            for name, p in params.items():
-                ema[name].lerp_(p, 1 - decay)
+            torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - decay)
         if accelerator.is_main_process:
-            on_step(StepLog(step, total, value, rate, time.perf_counter() - started, _peak_memory(p.device)))
+            on_step(StepLog(step, total, value, rate, time.perf_counter() - started, _peak_memory(accelerator.device)))
 
     moments = {
         n: optimizer.state[p] or dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like(p))

@@ -62,7 +62,7 @@ class UNet(nn.Module):
 class EfficientNetUNet(nn.Module):
     """A U-Net on EfficientNet-Lite0 (Tan 2020) with ImageNet weights; logits at half size, enlarged smoothly."""
 
-    def __init__(self, decoded: tuple[int, ...] = (96, 64, 48, 32)) -> None:
+    def __init__(self, decoded: tuple[int, ...] = (64, 48, 32, 16)) -> None:
         super().__init__()
         self.encoder = efficientnet_lite0()
         self.decoder = Decoder((16, 24, 40, 112, 320), decoded)

@@ -63,7 +63,7 @@ def fit(
     """
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
-    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     first = settings.pretrain_steps if synthetic is not None and mixing == "pretrain" else 0
     network.train()
     for step in range(-first, steps):
