@@ -110,7 +110,9 @@ class Generator:
         """What the quality gate leaves of a shard of candidates."""
         recipe = self.recipe
         seeds = [derive(seed, "candidate", index) for index in indices]
-        canvases, origins = self._retextured(indices, seeds) if self.retexture else self.canvases(seeds)
+        canvases, origins = (
+            self._retextured(indices, seeds) if self.retexture else self.canvases(seeds, self.shapes(seeds))
+        )
         images = inpainting.inpaint(self.foundation, canvases, recipe)
         if self.decoys:
             images = self._with_decoys(images, canvases)
@@ -123,11 +125,15 @@ class Generator:
                 accepted.append(Made(image, canvas.start, canvas.shape, label, canvas.guide, donor, background))
         return accepted
 
-    @torch.no_grad()
-    def canvases(self, seeds: Sequence[int]) -> tuple[list[inpainting.Canvas], list[tuple[int, int | None]]]:
-        """What is to be painted, a canvas for each seed; and the places of each one's donor and background."""
+    def shapes(self, seeds: Sequence[int]) -> list[Mask]:
+        """A sampled shape for each seed, at low resolution."""
         real = [case.mask for case in self.cases]
-        lows = mask_generator.sample(self._masks, self.recipe, [derive(one, "shape") for one in seeds], real)
+        return mask_generator.sample(self._masks, self.recipe, [derive(one, "shape") for one in seeds], real)
+
+    def canvases(
+        self, seeds: Sequence[int], lows: Sequence[Mask]
+    ) -> tuple[list[inpainting.Canvas], list[tuple[int, int | None]]]:
+        """What is to be painted, a canvas for each seed and its shape; and the places of its donor and background."""
         canvases: list[inpainting.Canvas] = []
         origins: list[tuple[int, int | None]] = []
         for one, low in zip(seeds, lows, strict=True):

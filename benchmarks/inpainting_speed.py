@@ -35,8 +35,8 @@ PAIRS, BATCH = 32, 8
 Embedded = NDArray[np.float32]
 
 
-def ours(generator: Generator, seeds: Sequence[int]) -> list[tuple[Pixels, Mask]]:
-    canvases, _ = generator.canvases(seeds)
+def ours(generator: Generator, seeds: Sequence[int], shapes: Sequence[Mask]) -> list[tuple[Pixels, Mask]]:
+    canvases, _ = generator.canvases(seeds, shapes)
     images = inpainting.inpaint(generator.foundation, canvases, generator.recipe)
     return [(image, canvas.shape) for image, canvas in zip(images, canvases, strict=True)]
 
@@ -154,9 +154,11 @@ def main() -> None:
     with torch.no_grad():
         taken: dict[str, list[float]] = {"ours": [], "tuned": [], "authors": []}
         for turn in range(arguments.turns):
-            canvases, _ = generator.canvases(seeds(turn, PAIRS))
+            some = seeds(turn, PAIRS)
+            shapes = generator.shapes(some)
+            canvases, _ = generator.canvases(some, shapes)
             ways: dict[str, Callable[[], object]] = {
-                "ours": partial(ours, generator, seeds(turn, PAIRS)),
+                "ours": partial(ours, generator, some, shapes),
                 "tuned": partial(plain, pipes["tuned"], canvases, px, BATCH, 20, 1.0),
                 "authors": partial(plain, pipes["authors"], canvases, px, 1, 50, 7.5),
             }
@@ -171,8 +173,9 @@ def main() -> None:
         encoder = encoders.load_encoder("efficientnet-lite0", "builtin", torch.device("cpu"))
         real = embedded(encoder, [(case.image, case.mask) for case in cases])
         many = seeds(99, arguments.crops)
-        mine = embedded(encoder, ours(generator, many))
-        theirs = embedded(encoder, plain(pipes["tuned"], generator.canvases(many)[0], px, BATCH, 20, 1.0))
+        shapes = generator.shapes(many)
+        mine = embedded(encoder, ours(generator, many, shapes))
+        theirs = embedded(encoder, plain(pipes["tuned"], generator.canvases(many, shapes)[0], px, BATCH, 20, 1.0))
     mean, low, high = difference(mine, theirs, real)
     print(
         f"KID against {len(real)} real crops, EfficientNet-Lite0, {len(mine)} crops each: ours {kid(mine, real):.4f}, "

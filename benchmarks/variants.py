@@ -28,7 +28,7 @@ class Variant:
     agreement: tuple[float, float] | None = None
     relabel: bool = False
     unlabelled: Literal["pairs", "sources", "retexture"] | None = None
-    mixing: Mixing = "joint"
+    mixing: Mixing = "falling"
     pairs: int = 90
 
 
@@ -37,7 +37,9 @@ def strength(value: float, ring: float) -> dict[str, Any]:
 
 
 VARIANTS: dict[str, Variant] = {
-    "synthetic": Variant("the cpu recipe as it stands: composite start, strength 0.6, joint"),
+    "synthetic": Variant(
+        "the cpu recipe as it stands: composite start, strength 0.6; ever fewer in a batch, none in its last third"
+    ),
     "copy-paste": Variant("the composites themselves: a lesion fitted into a new shape, colours matched", start=True),
     "retexture 0.5": Variant("4a: own mask, own image, strength 0.5", painting=strength(0.5, 0.3), retexture=True),
     "strength 0.4": Variant("4b: strength 0.4", painting=strength(0.4, 0.3)),
@@ -48,24 +50,19 @@ VARIANTS: dict[str, Variant] = {
     "agreement": Variant(
         "4e: pairs on which segmenters of the real cases agree with Dice 0.6 to 0.97", agreement=(0.6, 0.97)
     ),
-    "relabelled": Variant("4e: labels inside the guide as segmenters see them", relabel=True, mixing="falling"),
-    "falling": Variant("4f: ever fewer synthetic pairs in a batch, none in its last third", mixing="falling"),
+    "relabelled": Variant("4e: labels inside the guide as segmenters see them", relabel=True),
+    "joint": Variant("4f: as many synthetic as real pairs in every batch", mixing="joint"),
     "pretrain": Variant("4f: synthetic first, then real", mixing="pretrain"),
     "300 pairs": Variant("300 pairs instead of 90", pairs=300),
     "240 steps": Variant("4h: fine-tuned for half as long", fitting={"finetuning": {"steps": 240}}),
     "decoys": Variant("4i: healthy tissue repainted elsewhere", decoys=True),
-    "decoys, falling": Variant("4i with 4f", decoys=True, mixing="falling"),
-    "copy-paste, falling": Variant("the composites themselves, ever fewer", start=True, mixing="falling"),
-    "pseudo-labels": Variant(
-        "4g: unlabelled images with the masks segmenters draw", unlabelled="pairs", mixing="falling"
-    ),
-    "unlabelled": Variant("4g: unlabelled images as donors and backgrounds", unlabelled="sources", mixing="falling"),
+    "pseudo-labels": Variant("4g: unlabelled images with the masks segmenters draw", unlabelled="pairs"),
+    "unlabelled": Variant("4g: unlabelled images as donors and backgrounds", unlabelled="sources"),
     "unlabelled, retexture": Variant(
         "4g with 4a: unlabelled images repainted to fit the masks segmenters draw",
         painting=strength(0.5, 0.3),
         unlabelled="retexture",
-        mixing="falling",
     ),
-    "shifted": Variant("must lose: labels moved by 15 % of the width", shift=0.15),
-    "copies": Variant("must be null: the real cases again", copies=True),
+    "shifted": Variant("must lose: labels moved by 15 % of the width", shift=0.15, mixing="joint"),
+    "copies": Variant("must be null: the real cases again", copies=True, mixing="joint"),
 }
