@@ -1,10 +1,11 @@
 """A fine-tuning step at Stable Diffusion 1.5's size, against the authors' way and against the bare loop.
 
-    python -m benchmarks.finetune_speed
+    THP_MEM_ALLOC_ENABLE=1 python -m benchmarks.finetune_speed
 
 Random weights, 256 px, gradient checkpointing, float32 on the CPU. ``authors``: what their script does in each step
 beside the U-Net's: two VAE encodings (image, masked image) and a text encoding. ``bare``: the U-Net forward and
-backward and AdamW, on ready tensors. All take turns in one process; of each turn the second step is timed, for the
+backward and AdamW, on ready tensors. The large pages are a worker's setting and serve all
+three. All take turns in one process; of each turn the second step is timed, for the
 first one allocates. Needs some 20 GiB: run it alone.
 """
 
