@@ -4,9 +4,8 @@
 
 Random weights, 256 px, gradient checkpointing, float32 on the CPU. ``authors``: what their script does in each step
 beside the U-Net's: two VAE encodings (image, masked image) and a text encoding. ``bare``: the U-Net forward and
-backward and AdamW, on ready tensors. The large pages are a worker's setting and serve all
-three. All take turns in one process; of each turn the second step is timed, for the
-first one allocates. Needs some 20 GiB: run it alone.
+backward and AdamW, on ready tensors. The large pages are what a worker asks for, and serve all three. All take turns in
+one process; of each turn the second step is timed, for the first one allocates. Needs some 20 GiB: run it alone.
 """
 
 from __future__ import annotations
