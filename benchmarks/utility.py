@@ -118,11 +118,17 @@ class Trial:
     arm: str
     seeds: tuple[int, ...]
     cache: Path
+    rows: Path
     factor: float = 1.0  # Of the stop that was chosen: half and twice of it show whether the rule is fair.
 
     @property
     def name(self) -> str:
         return self.arm if self.factor == 1 else f"{self.arm}, {self.factor:g} x steps"
+
+    @property
+    def begins(self) -> tuple[str | int | bool, ...]:
+        """The key of its trainings without the seed."""
+        return (self.folder.name, self.development, self.segmenter, self.train, self.draw, self.name)
 
 
 class Training(Contract):
@@ -135,6 +141,7 @@ class Training(Contract):
     draw: int
     arm: str
     seed: int
+    curve: dict[int, float]  # Dice over inner folds by steps, of which the stop was chosen.
     steps: int
     real: int
     pairs: int
@@ -155,43 +162,44 @@ class Training(Contract):
             yield Row(**fixed, **dict(zip(("case", "area", "dice", "nsd", "hd95"), values, strict=True)))
 
 
-def run(trial: Trial) -> list[Training]:
-    """Every training of a trial, on one thread."""
+def run(trial: Trial) -> None:
+    """Every training of a trial, on one thread, each written to the rows and told when it ends."""
     torch.set_num_threads(1)
     cases = load(trial.folder, trial.development)
     draw = drawn(cases, trial.train, trial.draw)
     settings = EVALUATION.model_copy(update={"segmenter": trial.segmenter})
     material = _material(trial, cases, draw)
-    stop = _stop(trial, material)
-    steps = max(1, round(stop * trial.factor))
+    curve = _stop_curve(trial, material)
+    steps = max(1, round(trials.best_stop(curve) * trial.factor))
     real = len(material.real)
     digests = list(cases.cases)
-    found = []
     for seed in trial.seeds:
         begun = time.monotonic()
         network = trials.trained(material, settings, steps, derive("segmenter", trial.draw, seed), lambda *_: None)
         figures = [trials.judge(network, settings, pair) for pair in cases.pairs(draw.test)]
-        found.append(
-            Training(
-                dataset=cases.name,
-                development=trial.development,
-                segmenter=trial.segmenter,
-                train=trial.train,
-                draw=trial.draw,
-                arm=trial.name,
-                seed=seed,
-                steps=steps,
-                real=real,
-                pairs=len(material.synthetic),
-                seconds=round(time.monotonic() - begun, 1),
-                cases=tuple(digests[place][:CASE] for place in draw.test),
-                area=tuple(round(float(mask.mean()), 4) for _, mask in cases.pairs(draw.test)),
-                dice=tuple(round(one.dice, 4) for one in figures),
-                nsd=tuple(round(one.nsd, 4) for one in figures),
-                hd95=tuple(round(one.hd95, 4) for one in figures),
-            )
+        one = Training(
+            dataset=cases.name,
+            development=trial.development,
+            segmenter=trial.segmenter,
+            train=trial.train,
+            draw=trial.draw,
+            arm=trial.name,
+            seed=seed,
+            curve=curve,
+            steps=steps,
+            real=real,
+            pairs=len(material.synthetic),
+            seconds=round(time.monotonic() - begun, 1),
+            cases=tuple(digests[place][:CASE] for place in draw.test),
+            area=tuple(round(float(mask.mean()), 4) for _, mask in cases.pairs(draw.test)),
+            dice=tuple(round(one.dice, 4) for one in figures),
+            nsd=tuple(round(one.nsd, 4) for one in figures),
+            hd95=tuple(round(one.hd95, 4) for one in figures),
         )
-    return found
+        with FileLock(trial.cache / "rows.lock"), trial.rows.open("a") as file:
+            file.write(one.model_dump_json() + "\n")
+        where = f"{one.dataset} draw {one.draw} {one.arm} seed {one.seed}"
+        print(f"{where}: {steps} steps, Dice {100 * np.mean(one.dice):.1f}, {one.seconds:.0f} s", flush=True)
 
 
 def _material(trial: Trial, cases: Cases, draw: splits.Draw) -> Material:
@@ -353,15 +361,17 @@ def _agreeing(trial: Trial, material: Material, bounds: tuple[float, float]) -> 
     )
 
 
-def _stop(trial: Trial, material: Material) -> int:
-    """Where the arm stops; kept on disk, for the trainings of a trial may come in several calls."""
-    settings = EVALUATION.model_copy(update={"segmenter": trial.segmenter})
-    name = f"{trial.folder.name}-{trial.development:d}-{trial.segmenter}-{trial.train}-{trial.draw}-{trial.arm}"
-    path = trial.cache / f"{name.replace(' ', '_')}.stop.json"
+def _stop_curve(trial: Trial, material: Material) -> dict[int, float]:
+    """What the arm's stop is chosen by. It is the arm's and the draw's, so what a row or the disk holds is taken."""
+    for one in read(trial.rows):
+        if (*one.key[:5], one.arm.partition(",")[0]) == (*trial.begins[:5], trial.arm):
+            return one.curve
+    path = trial.cache / f"{'-'.join(map(str, (*trial.begins[:5], trial.arm))).replace(' ', '_')}.stop.json"
     if not path.exists():
+        settings = EVALUATION.model_copy(update={"segmenter": trial.segmenter})
         curve = trials.stop_curve(material, settings, derive(trial.folder.name, "inner", trial.draw), lambda *_: None)
         path.write_text(json.dumps(curve))
-    return trials.best_stop({int(steps): dice for steps, dice in json.loads(path.read_text()).items()})
+    return {int(steps): round(dice, 4) for steps, dice in json.loads(path.read_text()).items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
@@ -392,10 +402,9 @@ def trials_due(arguments: argparse.Namespace, done: set[tuple[str | int | bool, 
                 for factor in arguments.factor if arm == REAL else (1.0,):
                     trial = Trial(
                         folder, arguments.development, arguments.segmenter, arguments.train, number, arm,
-                        (), arguments.cache, factor,
+                        (), arguments.cache, arguments.rows, factor,
                     )  # fmt: skip
-                    begins = (name, arguments.development, arguments.segmenter, arguments.train, number, trial.name)
-                    left = tuple(seed for seed in range(arguments.seeds) if (*begins, seed) not in done)
+                    left = tuple(seed for seed in range(arguments.seeds) if (*trial.begins, seed) not in done)
                     if left:
                         yield replace(trial, seeds=left)
 
@@ -407,7 +416,7 @@ def record(arguments: argparse.Namespace) -> None:
         write_development(arguments)
     due = trials_due(arguments, {one.key for one in read(arguments.rows)})
     with ProcessPoolExecutor(arguments.processes) as pool:
-        running: set[Future[list[Training]]] = set()
+        running: set[Future[None]] = set()
         while True:
             while len(running) < arguments.processes and time.monotonic() - begun < 3600 * arguments.hours:
                 trial = next(due, None)
@@ -418,16 +427,7 @@ def record(arguments: argparse.Namespace) -> None:
                 return
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                new = future.result()
-                with arguments.rows.open("a") as file:
-                    file.writelines(one.model_dump_json() + "\n" for one in new)
-                for one in new:
-                    minutes = (time.monotonic() - begun) / 60
-                    print(
-                        f"{minutes:6.1f} min  {one.dataset} draw {one.draw} {one.arm} seed {one.seed}: "
-                        f"{one.steps} steps, Dice {100 * np.mean(one.dice):.1f}, {one.seconds:.0f} s",
-                        flush=True,
-                    )
+                future.result()
 
 
 def write_development(arguments: argparse.Namespace) -> None:

@@ -58,7 +58,7 @@ VARIANTS: dict[str, Variant] = {
     "decoys": Variant("4i: healthy tissue repainted elsewhere", decoys=True),
     "pseudo-labels": Variant("4g: unlabelled images with the masks segmenters draw", unlabelled="pairs"),
     "unlabelled": Variant("4g: unlabelled images as donors and backgrounds", unlabelled="sources"),
-    "unlabelled, retexture": Variant(
+    "unlabelled retexture": Variant(
         "4g with 4a: unlabelled images repainted to fit the masks segmenters draw",
         painting=strength(0.5, 0.3),
         unlabelled="retexture",

@@ -121,11 +121,11 @@ def train_segment(
         for name, p in params.items():
             optimizer.state[p] = {
                 "step": torch.tensor(float(state.step), device=p.device),
-                "exp_avg": state.exp_avg[name].to(p, copy=True),
-                "exp_avg_sq": state.exp_avg_sq[name].to(p, copy=True),
+                "exp_avg": _laid_out_like(p, state.exp_avg[name]),
+                "exp_avg_sq": _laid_out_like(p, state.exp_avg_sq[name]),
             }
     averages = params if state is None else state.ema
-    ema = {name: averages[name].detach().to(p, copy=True) for name, p in params.items()}
+    ema = {name: _laid_out_like(p, averages[name]) for name, p in params.items()}
     step = 0 if state is None else state.step
     del state, averages  # Of a large network every copy counts.
 
@@ -163,6 +163,11 @@ def train_segment(
 
 def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+
+def _laid_out_like(p: Tensor, values: Tensor) -> Tensor:
+    """``values`` in the memory layout of ``p``: the fused kernel walks a parameter and its moments as they lie."""
+    return torch.empty_like(p, requires_grad=False).copy_(values.detach())
 
 
 def _stored(tensor: Tensor) -> Tensor:
