@@ -74,8 +74,8 @@ def resolve(source: str, settings: Settings, store: ObjectStore, last: str) -> s
         return source
     if source.startswith("s3://"):
         bucket, _, prefix = source.removeprefix("s3://").partition("/")
-        if bucket not in settings.s3_sources:
-            raise ProblemError("source-refused", "the recipe's foundation lies in a bucket that is not a named source")
+        if bucket not in settings.s3_models:
+            raise ProblemError("source-refused", "the recipe's foundation lies in a bucket that the operator names not")
         if ".." in prefix.split("/"):
             raise ProblemError("source-refused", "the recipe names a prefix that leaves its bucket")
         folder = settings.scratch / "foundations" / bucket / prefix.strip("/")

@@ -20,14 +20,20 @@ class Settings(BaseSettings):
     s3_access_key: SecretStr = Field(SecretStr(""), description="access key of the S3 store")
     s3_secret_key: SecretStr = Field(SecretStr(""), description="secret key of the S3 store")
     s3_bucket: str = Field("meddiff", description="the service's own bucket")
-    file_roots: tuple[Path, ...] = Field((), description="folders that file:// dataset URIs may read from")
-    s3_sources: tuple[str, ...] = Field((), description="buckets that s3:// dataset URIs may read from")
+    file_roots: dict[str, tuple[Path, ...]] = Field(
+        {}, description="by tenant, folders that its file:// dataset URIs may read from"
+    )
+    s3_sources: dict[str, tuple[str, ...]] = Field(
+        {}, description="by tenant, what its s3:// URIs may read from: bucket or bucket/prefix"
+    )
+    s3_models: tuple[str, ...] = Field((), description="buckets that a recipe's s3:// foundation or encoder may lie in")
     model_root: Path | None = Field(None, description="folder of foundation checkpoints and encoders kept offline")
     scratch: Path = Field(Path("/tmp/meddiff"), description="local disk of a worker: models, latest checkpoints")
-    host: str = Field("127.0.0.1", description="address the gateway listens on; loopback only until there are keys")
+    host: str = Field("127.0.0.1", description="address the gateway listens on; without keys loopback only")
     port: int = Field(8080, description="port the gateway listens on")
     metrics_port: int | None = Field(None, description="port a worker serves its Prometheus metrics on")
-    tenant: str = Field("local", description="the tenant of requests without a key, on loopback")
+    require_keys: bool = Field(True, description="whether requests need an API key; only on loopback they may not")
+    tenant: str = Field("local", description="the tenant of requests that need no key")
     sweep_seconds: float = Field(2.0, gt=0, description="how often active jobs are planned again")
     lease_seconds: float = Field(60.0, gt=0, description="how long a dispatched or running task holds its lease")
     task_seconds: int = Field(10_800, ge=1, description="how long a task may take before its process is ended")

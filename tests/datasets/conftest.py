@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from dataset_files import DATA
+from dataset_files import DATA, TENANT
 from meddiff.settings import Settings
 from meddiff.store.objects import ObjectStore
 
@@ -11,7 +11,12 @@ from meddiff.store.objects import ObjectStore
 @pytest.fixture
 def settings(settings: Settings, tmp_path: Path) -> Settings:
     """``file://`` may read the shared data and this test's folder, ``s3://`` two buckets, of which one is absent."""
-    return settings.model_copy(update={"file_roots": (DATA, tmp_path), "s3_sources": ("hospital", "absent")})
+    return settings.model_copy(
+        update={
+            "file_roots": {TENANT: (DATA, tmp_path)},
+            "s3_sources": {TENANT: ("hospital", "absent", "shared/radiology")},
+        }
+    )
 
 
 @pytest.fixture

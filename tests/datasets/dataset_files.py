@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+TENANT = "radiology"
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 

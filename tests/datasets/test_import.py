@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_files import DATA, encoded, mask, noise, pairs, patch, photo, write_folder, write_zip
+from dataset_files import DATA, TENANT, encoded, mask, noise, pairs, patch, photo, write_folder, write_zip
 from meddiff import phantoms
 from meddiff.contracts.base import sha256_hex
 from meddiff.contracts.dataset import Dataset
@@ -47,7 +47,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is no
 def test_a_published_dataset_is_imported_whole(
     name: str, layout: str, roles: dict[str, int], settings: Settings, store: ObjectStore
 ) -> None:
-    with open_source((DATA / name).as_uri(), settings, store) as source:
+    with open_source((DATA / name).as_uri(), settings, store, TENANT) as source:
         dataset = imported(source, store)
     assert dataset.layout == layout
     assert Counter(case.role for case in dataset.cases) == roles
@@ -78,7 +78,7 @@ def test_a_published_dataset_is_the_same_from_wherever_it_comes(
     archive = write_zip({f"top/{path}": data for path, data in files.items()}, tmp_path / "all.zip")
     ids = set()
     for uri in ((DATA / name).as_uri(), (DATA / name / inner).as_uri(), archive.as_uri(), f"s3://hospital/deep/{name}"):
-        with open_source(uri, settings, store) as source:
+        with open_source(uri, settings, store, TENANT) as source:
             ids.add(validate(source).dataset_id)
     assert len(ids) == 1
     assert None not in ids

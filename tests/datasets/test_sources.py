@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from dataset_files import pairs, write_folder, write_zip
+from dataset_files import TENANT, pairs, write_folder, write_zip
 from meddiff.contracts.problems import ProblemError
 from meddiff.importing import check_uri, open_archive, open_source, validate
 from meddiff.importing.sources import Folder, UnreadableFile
@@ -18,7 +18,7 @@ from meddiff.store.retry import RetryPolicy
 
 def refusal(uri: str, settings: Settings, store: ObjectStore) -> tuple[str, str]:
     """The slug of the problem that opening ``uri`` ends in, and what it says."""
-    with pytest.raises(ProblemError) as caught, open_source(uri, settings, store):
+    with pytest.raises(ProblemError) as caught, open_source(uri, settings, store, TENANT):
         pass
     problem = caught.value.problem
     return problem.type.rpartition(":")[2], " ".join(
@@ -44,8 +44,8 @@ def test_folder_archive_and_prefix_hold_the_same(
         "s3://hospital/skin/pairs/",
         "s3://hospital/skin/pairs.zip",
     ):
-        check_uri(uri, settings)
-        with open_source(uri, settings, store) as source:
+        check_uri(uri, settings, TENANT)
+        with open_source(uri, settings, store, TENANT) as source:
             assert dict(source) == files
 
 
@@ -81,16 +81,34 @@ def test_what_the_operator_has_not_named_is_refused(uri: str, settings: Settings
     assert refusal(uri, settings, store)[0] == "source-refused"
 
 
+@pytest.mark.parametrize("path", ["radiology", "radiology/", "radiology/2026/x.zip"])
+def test_a_prefix_is_a_source_with_what_lies_below_it(path: str, settings: Settings) -> None:
+    check_uri(f"s3://shared/{path}", settings, TENANT)
+
+
+@pytest.mark.parametrize("uri", ["s3://shared/", "s3://shared/radiology2", "s3://shared/cardiology/radiology"])
+def test_beside_a_prefix_nothing_is_a_source(uri: str, settings: Settings, store: ObjectStore) -> None:
+    assert refusal(uri, settings, store)[0] == "source-refused"
+
+
+@pytest.mark.parametrize("uri", ["s3://hospital/skin", "file:///"])
+def test_a_source_is_its_tenants_alone(uri: str, settings: Settings, tmp_path: Path) -> None:
+    named = settings.model_copy(update={"file_roots": {TENANT: (Path("/"),)}})
+    check_uri(uri, named, TENANT)
+    with pytest.raises(ProblemError, match="operator"):
+        check_uri(uri, named, "cardiology")
+
+
 @pytest.mark.parametrize("path", ["t/local/datasets", "x.zip", ""])
 def test_the_own_bucket_is_refused_even_if_named(path: str, settings: Settings) -> None:
-    named = settings.model_copy(update={"s3_sources": (settings.s3_bucket,)})
+    named = settings.model_copy(update={"s3_sources": {TENANT: (settings.s3_bucket,)}})
     with pytest.raises(ProblemError, match="own bucket") as caught:
-        check_uri(f"s3://{settings.s3_bucket}/{path}", named)
+        check_uri(f"s3://{settings.s3_bucket}/{path}", named, TENANT)
     assert caught.value.problem.status == 403
 
 
 def test_a_dataset_id_needs_no_right(settings: Settings) -> None:
-    check_uri("ds_" + "0" * 32, settings)
+    check_uri("ds_" + "0" * 32, settings, TENANT)
 
 
 @pytest.mark.parametrize("uri", ["s3://absent/x", "s3://absent/x.zip", "s3://hospital/nothing", "s3://hospital/no.zip"])

@@ -42,7 +42,7 @@ class Gateway:
 
     @property
     def file_root(self) -> Path:
-        return self.settings.file_roots[0]
+        return self.settings.file_roots[self.tenant][0]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,8 @@ def gateway(s3: S3Server, redis_server: RedisServer, tmp_path_factory: pytest.Te
         s3_access_key=SecretStr(s3.access_key),
         s3_secret_key=SecretStr(s3.secret_key),
         s3_bucket=f"gateway-{uuid4().hex}",
-        file_roots=(root,),
+        file_roots={"local": (root,)},
+        require_keys=False,
         max_upload_bytes=MAX_UPLOAD_BYTES,
         sweep_seconds=0.3,
     )
@@ -97,8 +98,8 @@ def variables(settings: Settings) -> dict[str, str]:
     for name, value in settings:
         if isinstance(value, SecretStr):
             found[f"MEDDIFF_{name.upper()}"] = value.get_secret_value()
-        elif isinstance(value, tuple):
-            found[f"MEDDIFF_{name.upper()}"] = json.dumps([str(item) for item in value])
+        elif isinstance(value, tuple | dict):
+            found[f"MEDDIFF_{name.upper()}"] = json.dumps(value, default=str)
         elif value is not None:
             found[f"MEDDIFF_{name.upper()}"] = str(value)
     return found

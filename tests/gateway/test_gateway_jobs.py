@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -305,3 +308,46 @@ def test_a_fine_tune_is_no_source_of_pairs(gateway: Gateway) -> None:
     response = gateway.http.post("/evaluate", json=body)
     assert pointers(response) == {"/synthetic_job"}
     assert "no generate job" in response.json()["errors"][0]["detail"]
+
+
+def test_jobs_are_filtered_by_their_metadata(gateway: Gateway) -> None:
+    ward = uuid.uuid4().hex
+    wanted = accept_finetune(gateway, metadata={"ward": ward, "study": "a:b"}).json()["id"]
+    accept_finetune(gateway, metadata={"ward": ward, "study": "c"})
+    accept_finetune(gateway, metadata={"study": "a:b"})
+    found = gateway.http.get("/jobs", params={"metadata": [f"ward:{ward}", "study:a:b"]}).json()["jobs"]
+    assert [job["id"] for job in found] == [wanted]
+    assert gateway.http.get("/jobs", params={"metadata": "ward"}).status_code == 422
+
+
+def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Ids and jobs of a stream of server-sent events."""
+    fields: dict[str, str] = {}
+    for line in response.iter_lines():
+        if line:
+            name, _, value = line.partition(":")
+            fields[name] = value.strip()
+        elif "data" in fields:
+            yield fields["id"], json.loads(fields["data"])
+            fields = {}
+
+
+def test_events_tell_of_every_change_until_the_end_and_nothing_twice(gateway: Gateway) -> None:
+    job_id = accept_finetune(gateway).json()["id"]
+    keys = JobKeys(gateway.tenant, job_id)
+    with gateway.http.stream("GET", f"/jobs/{job_id}/events") as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        told = events(response)
+        first, job = next(told)
+        assert (job["id"], job["status"]) == (job_id, "queued")
+        gateway.store.put(keys.cancel, b"{}")
+        second, job = next(told)
+        assert job["status"] == "cancelling" or job["status"] == "cancelled"
+        ids = [first, second, *(name for name, _ in told)]
+    assert len(set(ids)) == len(ids)
+    assert gateway.http.get(f"/jobs/{job_id}").json()["status"] == "cancelled"
+    again = gateway.http.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": first})
+    assert [job["status"] for _, job in events(again)] == ["cancelled"]
+    again = gateway.http.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": ids[-1]})
+    assert list(events(again)) == []
+    assert gateway.http.get(f"/jobs/{MISSING_JOB}/events").status_code == 404

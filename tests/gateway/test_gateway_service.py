@@ -28,7 +28,11 @@ OPERATIONS = {
     "get_report_schema": ("get", "/schemas/report.json"),
     "list_jobs": ("get", "/jobs"),
     "get_job": ("get", "/jobs/{job_id}"),
+    "follow_job": ("get", "/jobs/{job_id}/events"),
     "cancel_job": ("post", "/jobs/{job_id}/cancel"),
+    "list_audit": ("get", "/audit"),
+    "delete_dataset": ("delete", "/datasets/{dataset_id}"),
+    "delete_model": ("delete", "/models/{model}"),
     "get_manifest": ("get", "/jobs/{job_id}/manifest"),
     "get_contact_sheet": ("get", "/jobs/{job_id}/contact_sheet"),
     "get_background": ("get", "/jobs/{job_id}/pairs/{index}/background"),
@@ -128,8 +132,8 @@ def test_every_operation_documents_its_problems(gateway: Gateway) -> None:
             assert all(set(response["content"]) == {"application/problem+json"} for response in problems)
 
 
-def test_it_serves_nobody_but_this_machine(gateway: Gateway, tmp_path: Path) -> None:
-    environment = {**os.environ, "MEDDIFF_HOST": "0.0.0.0", "MEDDIFF_PORT": "0"}
+def test_without_keys_it_serves_nobody_but_this_machine(gateway: Gateway, tmp_path: Path) -> None:
+    environment = {**os.environ, "MEDDIFF_HOST": "0.0.0.0", "MEDDIFF_PORT": "0", "MEDDIFF_REQUIRE_KEYS": "false"}
     command = [sys.executable, "-m", "meddiff_services.gateway"]
     ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ended.returncode != 0

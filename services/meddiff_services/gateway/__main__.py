@@ -1,4 +1,4 @@
-"""``python -m meddiff_services.gateway``: the HTTP service, on loopback until there are keys."""
+"""``python -m meddiff_services.gateway``: the HTTP service."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LEAVE_SECONDS = 10
 
 
 def main() -> None:
-    """Serves until SIGTERM. Exits with 2 where ``MEDDIFF_HOST`` is not a loopback address."""
+    """Serves until SIGTERM. Ends at once where no keys are required and ``MEDDIFF_HOST`` is no loopback address."""
     settings = Settings()
-    if not _is_loopback(settings.host):
-        sys.exit("MEDDIFF_HOST must be a loopback address: requests carry no key yet, so nobody else may reach this")
+    if not settings.require_keys and not _is_loopback(settings.host):
+        sys.exit("MEDDIFF_HOST must be a loopback address where MEDDIFF_REQUIRE_KEYS is off: anyone could ask anything")
     configure_logs("gateway")
     uvicorn.run(
         create_app(settings),

@@ -74,11 +74,12 @@ def finetune_spec(here: Backends, request: FinetuneRequest, job_id: JobId) -> Fi
     if is_dataset_id(request.dataset_uri):
         _raise_if_any(_missing_dataset(here, "dataset_uri", request.dataset_uri))
     else:
-        check_uri(request.dataset_uri, here.settings)
+        check_uri(request.dataset_uri, here.settings, here.tenant)
     return FinetuneSpec(
         tenant=here.tenant,
         id=job_id,
         created_at=created_at(job_id),
+        requested_by=here.key_id,
         request=request,
         recipe=request.recipe.resolve(),
         model_id=model_id_of(job_id),
@@ -101,6 +102,7 @@ def generate_spec(here: Backends, request: GenerateRequest, job_id: JobId) -> Ge
         tenant=here.tenant,
         id=job_id,
         created_at=created_at(job_id),
+        requested_by=here.key_id,
         request=request,
         recipe=override(card.recipe, request.recipe),
         model_id=card.id,
@@ -128,11 +130,12 @@ def evaluate_spec(here: Backends, request: EvaluateRequest, job_id: JobId) -> Ev
     _raise_if_any(faults)
     for uri in (request.dataset_uri, request.test_uri):
         if uri is not None and not is_dataset_id(uri):
-            check_uri(uri, here.settings)
+            check_uri(uri, here.settings, here.tenant)
     return EvaluateSpec(
         tenant=here.tenant,
         id=job_id,
         created_at=created_at(job_id),
+        requested_by=here.key_id,
         request=request,
         recipe=recipe,
         model_id=card.id if card is not None else None,

@@ -13,7 +13,7 @@ from meddiff import __version__
 from meddiff.contracts.problems import Problem
 from meddiff.settings import Settings
 
-from meddiff_services.gateway import datasets, health, jobs, models, pictures, problems, recipes, schemas, sweep
+from meddiff_services.gateway import access, datasets, health, jobs, models, pictures, problems, recipes, schemas, sweep
 from meddiff_services.gateway.backends import Backends
 from meddiff_services.gateway.bodies import BoundedBodies
 from meddiff_services.gateway.metrics import Metrics, Observed
@@ -44,8 +44,9 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.backends = backends
     app.state.metrics = Metrics()
+    app.state.keys = access.Keys(backends.store)
     problems.install(app)
-    for resource in (jobs, pictures, datasets, models, recipes, schemas, health):
+    for resource in (jobs, pictures, datasets, models, access, recipes, schemas, health):
         app.include_router(resource.router)
     app.add_middleware(BoundedBodies, max_upload_bytes=settings.max_upload_bytes)
     app.add_middleware(Observed, metrics=app.state.metrics)

@@ -1,4 +1,4 @@
-"""What every route works on: the settings, the object store and Redis."""
+"""What every route works on: the settings, the object store and Redis, for one tenant."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
+from meddiff.contracts.access import Role
 from meddiff.planning.dispatch import Send
 from meddiff.planning.leases import Leases
 from meddiff.planning.queues import Sender, celery_app
@@ -20,12 +21,15 @@ from redis.retry import Retry
 @dataclass(frozen=True)
 class Backends:
     """``store`` and ``leases`` give up early: a caller can ask again, and a job that was accepted is planned by the
-    sweep."""
+    sweep. ``tenant``, ``key_id`` and ``role`` are those of who asks."""
 
     settings: Settings
     store: ObjectStore
     leases: Leases
     send: Send
+    tenant: str = ""
+    key_id: str | None = None
+    role: Role = "reader"
 
     @classmethod
     def connect(cls, settings: Settings) -> Backends:
@@ -39,15 +43,11 @@ class Backends:
             Sender(celery_app(settings)),
         )
 
-    @property
-    def tenant(self) -> str:
-        return self.settings.tenant
-
 
 def _backends(request: Request) -> Backends:
     found: Backends = request.app.state.backends
     return found
 
 
-Here = Annotated[Backends, Depends(_backends)]
-"""A route's parameter: the backends of the application it belongs to."""
+Anyone = Annotated[Backends, Depends(_backends)]
+"""A route's parameter: the backends of the application it belongs to, whoever asks; without a tenant."""

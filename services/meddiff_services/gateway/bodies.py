@@ -16,6 +16,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from meddiff_services.gateway.access import Here
+
 MAX_JSON_BYTES = 2**20
 ZIP = "application/zip"
 JSON = "application/json"
@@ -49,9 +51,9 @@ class BoundedBodies:
         await self._app(scope, bounded, send)
 
 
-async def dataset_source(request: Request) -> AsyncIterator[str | Path]:
+async def dataset_source(request: Request, admitted: Here) -> AsyncIterator[str | Path]:
     """The dataset a request names or carries: the ``dataset_uri`` of a JSON body, or a temporary zip archive that is
-    gone after the answer."""
+    gone after the answer. Of who is not admitted nothing is read."""
     media_type = _media_type(request.headers)
     if media_type == JSON:
         yield _reference(await request.body()).dataset_uri

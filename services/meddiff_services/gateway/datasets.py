@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -18,13 +19,16 @@ from meddiff.importing import (
     open_source,
     validate,
 )
+from meddiff.planning.removal import remove_dataset
 from meddiff.store.keys import tenant_root
 
-from meddiff_services.gateway.backends import Backends, Here
+from meddiff_services.gateway.access import Here
+from meddiff_services.gateway.backends import Backends
 from meddiff_services.gateway.bodies import SOURCE_BODY, dataset_source
+from meddiff_services.gateway.pages import Cursor, Derived, Limit, page, shown_last
 from meddiff_services.gateway.problems import documented
 
-router = APIRouter(prefix="/datasets", tags=["datasets"])
+router = APIRouter(prefix="/datasets", tags=["datasets"], responses=documented("unauthenticated", "forbidden"))
 
 Origin = Annotated[str | Path, Depends(dataset_source)]
 INVALID = problem("invalid-dataset", "").type
@@ -57,15 +61,12 @@ def validate_dataset(origin: Origin, here: Here) -> ValidationReport:
 
 
 @router.get("")
-def list_datasets(here: Here) -> DatasetList:
-    """Every dataset, in order of id."""
-    summaries = []
-    for dataset_id in here.store.children(tenant_root(here.tenant, "datasets")):
-        try:
-            summaries.append(load_dataset(here.store, here.tenant, dataset_id).summary())
-        except ProblemError:
-            continue
-    return DatasetList(datasets=tuple(summaries))
+def list_datasets(here: Here, cursor: Cursor = None, limit: Limit = 100) -> DatasetList:
+    """Datasets, in order of id."""
+    after = shown_last(cursor) or ""
+    ids = (one for one in here.store.children(tenant_root(here.tenant, "datasets")) if one > after)
+    datasets, following = page(_summaries(here, ids), limit, lambda one: one.id)
+    return DatasetList(datasets=datasets, next=following)
 
 
 @router.get("/{dataset_id}", responses=documented("not-found"))
@@ -74,6 +75,22 @@ def get_dataset(dataset_id: str, here: Here) -> Dataset:
     return load_dataset(here.store, here.tenant, dataset_id)
 
 
+@router.delete("/{dataset_id}", status_code=204, responses=documented("not-found", "conflict"))
+def delete_dataset(dataset_id: str, here: Here, derived: Derived = False) -> None:
+    """Remove a dataset. What holds it is named in a 409: jobs that go on, and models and pairs made from it, which go
+    with it where ``derived`` is asked for."""
+    load_dataset(here.store, here.tenant, dataset_id)
+    remove_dataset(here.store, here.tenant, dataset_id, derived=derived)
+
+
+def _summaries(here: Backends, ids: Iterable[str]) -> Iterator[DatasetSummary]:
+    for dataset_id in ids:
+        with suppress(ProblemError):
+            yield load_dataset(here.store, here.tenant, dataset_id).summary()
+
+
 def _opened(origin: str | Path, here: Backends) -> AbstractContextManager[Source]:
     """What the URI names, or the uploaded archive."""
-    return open_source(origin, here.settings, here.store) if isinstance(origin, str) else open_archive(origin)
+    if isinstance(origin, Path):
+        return open_archive(origin)
+    return open_source(origin, here.settings, here.store, here.tenant)

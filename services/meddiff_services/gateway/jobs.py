@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import itertools
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import structlog
-from fastapi import APIRouter, Body, Header, Query, Response
+from fastapi import APIRouter, Body, Depends, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 from meddiff.contracts.base import canonical_json, sha256_hex
 from meddiff.contracts.jobs import ENDED, Job, JobList, Kind, Spec, Status
 from meddiff.contracts.problems import Fault, ProblemError
@@ -25,13 +24,16 @@ from meddiff.store.keys import JobKeys, job_of_newest, newest, newest_root
 from meddiff.store.objects import NotFound
 
 from meddiff_services.gateway.acceptance import accept, evaluate_spec, finetune_spec, generate_spec
-from meddiff_services.gateway.backends import Backends, Here
+from meddiff_services.gateway.access import Here
+from meddiff_services.gateway.backends import Backends
+from meddiff_services.gateway.pages import Cursor, Limit, page, uuid_shown_last
 from meddiff_services.gateway.problems import UNREACHABLE, documented
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], responses=documented("unauthenticated", "forbidden"))
 log = structlog.get_logger()
 
 POLL_SECONDS = 1.0
+EVENTS_RETRY_MILLISECONDS = 2000
 RETRY_AFTER = {"Retry-After": "2"}
 
 _JOB_ID = re.compile(r"^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$")
@@ -109,14 +111,21 @@ def list_jobs(
     here: Here,
     kind: Annotated[Kind | None, Query(description="Only of this kind")] = None,
     status: Annotated[Status | None, Query(description="Only of this status")] = None,
-    cursor: Annotated[str | None, Query(description="``next`` of the page before")] = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    metadata: Annotated[list[str] | None, Query(description="Only with this ``name:value``; repeatable")] = None,
+    cursor: Cursor = None,
+    limit: Limit = 20,
 ) -> JobList:
     """Jobs, newest first."""
-    matching = (job for job in _newest(here, kind, _after(here, cursor)) if status in (None, job.status))
-    page = list(itertools.islice(matching, limit + 1))
-    more = len(page) > limit
-    return JobList(jobs=tuple(page[:limit]), next=_cursor(page[limit - 1]) if more else None)
+    wanted = _pairs(metadata or [])
+    last = uuid_shown_last(cursor)
+    specs = (
+        spec
+        for spec in _newest(here, newest(here.tenant, last) if last is not None else None)
+        if kind in (None, spec.kind) and wanted.items() <= spec.request.metadata.items()
+    )
+    found = (read_job(here.store, here.leases, spec.tenant, spec.id) for spec in specs)
+    jobs, following = page((job for job in found if status in (None, job.status)), limit, lambda job: job.id)
+    return JobList(jobs=jobs, next=following)
 
 
 @router.get("/jobs/{job_id}", responses={304: {"description": "Unchanged"}, **documented("not-found")})
@@ -144,6 +153,35 @@ async def get_job(
     if tag == if_none_match:
         return Response(status_code=304, headers=dict(response.headers))
     return job
+
+
+def _known(job_id: str, here: Here) -> Spec:
+    return find_spec(here, job_id)
+
+
+@router.get("/jobs/{job_id}/events", response_class=EventSourceResponse, responses=documented("not-found"))
+async def follow_job(
+    spec: Annotated[Spec, Depends(_known)],
+    here: Here,
+    last_event_id: Annotated[str | None, Header(description="The id of the last event that was seen")] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """Server-sent events (WHATWG HTML, section 9.2): the whole job, as ``GET /jobs/{id}`` has it, now and after every
+    change, until it has ended. An event's id stands for the state it tells; who comes back with ``Last-Event-ID`` hears
+    of what has changed since, and nothing twice."""
+    known = last_event_id
+    while True:
+        try:
+            job = await run_in_threadpool(_read, here, spec.id)
+        except UNREACHABLE:
+            yield ServerSentEvent(comment="the store does not answer")
+            await asyncio.sleep(POLL_SECONDS)
+            continue
+        if (tag := _tag(job)) != known:
+            yield ServerSentEvent(data=job, event="job", id=tag, retry=EVENTS_RETRY_MILLISECONDS)
+            known = tag
+        if job.status in ENDED:
+            return
+        await asyncio.sleep(POLL_SECONDS)
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202, responses={**_ACCEPTED, **documented("not-found")})
@@ -185,26 +223,19 @@ def _tag(job: Job) -> str:
     return f'W/"{sha256_hex(canonical_json(job.model_copy(update={"eta_seconds": None})))[:32]}"'
 
 
-def _newest(here: Backends, kind: Kind | None, start_after: str | None) -> Iterator[Job]:
+def _newest(here: Backends, start_after: str | None) -> Iterator[Spec]:
     for key in here.store.list(newest_root(here.tenant), start_after):
         try:
-            spec = read_spec(here.store, here.tenant, job_of_newest(key))
+            yield read_spec(here.store, here.tenant, job_of_newest(key))
         except NotFound:
             continue
-        if kind in (None, spec.kind):
-            yield read_job(here.store, here.leases, spec.tenant, spec.id)
 
 
-def _cursor(job: Job) -> str:
-    """Opaque to the caller: the id of the last job shown."""
-    return base64.urlsafe_b64encode(job.id.encode()).decode()
-
-
-def _after(here: Backends, cursor: str | None) -> str | None:
-    if cursor is None:
-        return None
-    try:
-        return newest(here.tenant, base64.urlsafe_b64decode(cursor).decode())
-    except ValueError:
-        fault = Fault(pointer="?cursor", detail="not a cursor of this service")
-        raise ProblemError("invalid-request", "1 fault(s) in the request", [fault]) from None
+def _pairs(metadata: Sequence[str]) -> dict[str, str]:
+    """``["ward:3"]`` as ``{"ward": "3"}``. Raises ``ProblemError``."""
+    faults = [
+        Fault(pointer="?metadata", detail=f"not of the form name:value: {one}") for one in metadata if ":" not in one
+    ]
+    if faults:
+        raise ProblemError("invalid-request", f"{len(faults)} fault(s) in the request", faults)
+    return {name: value for name, _, value in (one.partition(":") for one in metadata)}

@@ -51,4 +51,13 @@ class Observed:
             method, route = scope["method"], getattr(scope.get("route"), "path", "unknown")
             self._metrics.requests.labels(method, route, status).inc()
             self._metrics.seconds.labels(method, route).observe(seconds)
-            log.info("request", method=method, route=route, status=status, seconds=round(seconds, 4))
+            state = scope.get("state", {})
+            log.info(
+                "request",
+                method=method,
+                route=route,
+                status=status,
+                seconds=round(seconds, 4),
+                tenant=state.get("tenant"),
+                key=state.get("key_id"),
+            )

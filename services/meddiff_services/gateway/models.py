@@ -8,13 +8,16 @@ import re
 from fastapi import APIRouter
 from meddiff.contracts.models import ModelCard, ModelList
 from meddiff.contracts.problems import ProblemError
-from meddiff.store.keys import ModelKeys, model_name, tenant_root
+from meddiff.planning.removal import cards, remove_model
+from meddiff.store.keys import ModelKeys, model_name
 from meddiff.store.objects import NotFound
 
-from meddiff_services.gateway.backends import Backends, Here
+from meddiff_services.gateway.access import Here
+from meddiff_services.gateway.backends import Backends
+from meddiff_services.gateway.pages import Cursor, Derived, Limit, page, shown_last
 from meddiff_services.gateway.problems import documented
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], responses=documented("unauthenticated", "forbidden"))
 
 _MODEL_ID = re.compile(r"^md_[0-9a-f]{32}$")
 
@@ -30,11 +33,13 @@ def find_model(here: Backends, model: str) -> ModelCard | None:
 
 
 @router.get("/models")
-def list_models(here: Here) -> ModelList:
-    """Every model, newest first."""
-    found = [find_model(here, model_id) for model_id in here.store.children(tenant_root(here.tenant, "models"))]
-    cards = [card for card in found if card is not None]
-    return ModelList(models=tuple(sorted(cards, key=lambda card: (card.created_at, card.id), reverse=True)))
+def list_models(here: Here, cursor: Cursor = None, limit: Limit = 100) -> ModelList:
+    """Models, newest first."""
+    last = shown_last(cursor)
+    newest_first = sorted(cards(here.store, here.tenant), key=_age, reverse=True)
+    rest = (card for card in newest_first if last is None or _age(card) < last)
+    models, following = page(rest, limit, _age)
+    return ModelList(models=models, next=following)
 
 
 @router.get("/models/{model}", responses=documented("not-found"))
@@ -44,3 +49,14 @@ def get_model(model: str, here: Here) -> ModelCard:
     if card is None:
         raise ProblemError("not-found", "There is no model of that id or name")
     return card
+
+
+@router.delete("/models/{model}", status_code=204, responses=documented("not-found", "conflict"))
+def delete_model(model: str, here: Here, derived: Derived = False) -> None:
+    """Remove a model. What holds it is named in a 409: jobs that go on, and pairs and reports made with it, which go
+    with it where ``derived`` is asked for."""
+    remove_model(here.store, here.tenant, get_model(model, here), derived=derived)
+
+
+def _age(card: ModelCard) -> str:
+    return f"{card.created_at.isoformat()} {card.id}"

@@ -9,19 +9,20 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi.responses import RedirectResponse
 from meddiff.contracts.base import sha256_hex
-from meddiff.contracts.dataset import Dataset
 from meddiff.contracts.evaluation import Report
-from meddiff.contracts.jobs import GenerateSpec, Preview, PreviewList
+from meddiff.contracts.jobs import End, GenerateSpec, Preview, PreviewList, Spec
 from meddiff.contracts.manifest import Manifest, Pair
 from meddiff.contracts.problems import ProblemError
+from meddiff.importing import load_dataset
 from meddiff.store.keys import DatasetKeys, JobKeys, ModelKeys
 from meddiff.store.objects import NotFound, ObjectStore
 
-from meddiff_services.gateway.backends import Backends, Here
+from meddiff_services.gateway.access import Here
+from meddiff_services.gateway.backends import Backends
 from meddiff_services.gateway.jobs import find_spec
 from meddiff_services.gateway.problems import documented
 
-router = APIRouter(tags=["results"])
+router = APIRouter(tags=["results"], responses=documented("unauthenticated", "forbidden"))
 
 PNG = "image/png"
 HTML = "text/html"
@@ -30,12 +31,12 @@ _PICTURE: dict[str, Any] = {
     "responses": {
         200: {"content": {PNG: {}}, "description": "The PNG"},
         307: {"description": "Where the store serves it"},
-        **documented("not-found", "not-ready"),
+        **documented("not-found", "not-ready", "gone"),
     },
 }
 
 
-@router.get("/jobs/{job_id}/manifest", responses=documented("not-found", "not-ready"))
+@router.get("/jobs/{job_id}/manifest", responses=documented("not-found", "not-ready", "gone"))
 def get_manifest(job_id: str, here: Here) -> Manifest:
     """Every synthetic pair of a generate job, where it came from, and what was turned away."""
     return _manifest(here, job_id)
@@ -46,7 +47,7 @@ def get_manifest(job_id: str, here: Here) -> Manifest:
     response_model=Report,
     responses={
         200: {"content": {HTML: {"schema": {"type": "string"}}}, "description": "The report, as JSON or as HTML"},
-        **documented("not-found", "not-ready"),
+        **documented("not-found", "not-ready", "gone"),
     },
 )
 def get_report(
@@ -56,12 +57,13 @@ def get_report(
     accept: Annotated[str, Header()] = "",
 ) -> Response:
     """What an evaluation found: the verdict first. As HTML it is one page that needs nothing beside it."""
-    find_spec(here, job_id)
     wanted = format or ("html" if "html" in accept and "json" not in accept else "json")
+    spec = find_spec(here, job_id)
+    key = JobKeys(here.tenant, job_id).report(wanted)
     try:
-        data = here.store.get(JobKeys(here.tenant, job_id).report(wanted))
+        data = here.store.get(key)
     except NotFound:
-        raise ProblemError("not-ready", "The job has no report, or none yet") from None
+        raise _missing(here, spec, "report") from None
     return Response(data, media_type=HTML if wanted == "html" else "application/json")
 
 
@@ -79,7 +81,7 @@ def get_background(job_id: str, index: int, here: Here) -> Response:
     spec = find_spec(here, job_id)
     assert isinstance(spec, GenerateSpec)
     dataset_id = spec.request.backgrounds or spec.dataset_id
-    dataset = here.store.get_json(DatasetKeys(here.tenant, dataset_id).dataset, Dataset)
+    dataset = load_dataset(here.store, here.tenant, dataset_id)
     case = next((case for case in dataset.cases if case.image_sha256 == pair.background.sha256), None)
     if case is None:
         raise ProblemError("not-found", "The background's case is no longer there")
@@ -112,11 +114,23 @@ def get_preview(job_id: str, name: Annotated[str, Path(pattern=r"^\d{6}\.[a-z_]+
 
 
 def _manifest(here: Backends, job_id: str) -> Manifest:
-    find_spec(here, job_id)
+    spec = find_spec(here, job_id)
+    key = JobKeys(here.tenant, job_id).manifest
+    if not here.store.exists(key):
+        raise _missing(here, spec, "manifest")
+    return _stored_manifest(here.store, key)
+
+
+def _missing(here: Backends, spec: Spec, what: str) -> ProblemError:
+    """Why a job has none: it makes none, has not ended, or its results were removed."""
     try:
-        return _stored_manifest(here.store, JobKeys(here.tenant, job_id).manifest)
+        end = here.store.get_json(JobKeys(here.tenant, spec.id).end, End)
     except NotFound:
-        raise ProblemError("not-ready", "The job has no manifest, or none yet") from None
+        return ProblemError("not-ready", f"The job has no {what}, or none yet")
+    makes = {"manifest": "generate", "report": "evaluate"}[what]
+    if spec.kind == makes and end.status in ("succeeded", "incomplete"):
+        return ProblemError("gone", f"The job's {what} and what belongs to it were removed")
+    return ProblemError("not-ready", f"The job has no {what}")
 
 
 @lru_cache(maxsize=16)

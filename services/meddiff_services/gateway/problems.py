@@ -23,7 +23,7 @@ MEDIA_TYPE = "application/problem+json"
 UNREACHABLE = (StoreError, RedisError, OperationalError)
 """What the object store, redis-py and Celery raise when their server does not answer."""
 
-_RETRY_AFTER_SECONDS = "5"
+_HEADERS = {STATUS["unavailable"]: {"Retry-After": "5"}, STATUS["unauthenticated"]: {"WWW-Authenticate": "Bearer"}}
 _SLUG_OF_STATUS: dict[int, ProblemSlug] = {400: "invalid-request", 404: "not-found", 413: "too-large"}
 
 log = structlog.get_logger()
@@ -91,8 +91,8 @@ def install(app: FastAPI) -> None:
 
 def _respond(request: Request, found: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
     body = found.model_copy(update={"instance": request.url.path}).model_dump(mode="json")
-    retry = {"Retry-After": _RETRY_AFTER_SECONDS} if found.status == STATUS["unavailable"] else {}
-    return JSONResponse(body, found.status, {**retry, **(headers or {})}, media_type=MEDIA_TYPE)
+    own = _HEADERS.get(found.status, {})
+    return JSONResponse(body, found.status, {**own, **(headers or {})}, media_type=MEDIA_TYPE)
 
 
 def _http_problem(request: Request, error: HTTPException) -> Problem:

@@ -67,7 +67,7 @@ def import_(work: Work) -> Outcome:
 def _dataset(work: Work, uri: str) -> Dataset:
     if is_dataset_id(uri):
         return load_dataset(work.store, work.tenant, uri)
-    with open_source(uri, work.settings, work.store) as source:
+    with open_source(uri, work.settings, work.store, work.tenant) as source:
         return import_dataset(
             source, work.store, work.tenant, lambda done, total: work.progress(done, total, "cases")
         )  # fmt: skip

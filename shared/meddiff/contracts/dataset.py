@@ -69,9 +69,10 @@ class DatasetSummary(Contract):
 
 
 class DatasetList(Contract):
-    """The tenant's datasets, in order of id."""
+    """A page of the tenant's datasets, in order of id; ``next`` is the cursor of the following page."""
 
     datasets: tuple[DatasetSummary, ...]
+    next: str | None = None
 
 
 def dataset_id_of(cases: tuple[Case, ...] | list[Case], prompt: str | None = None) -> DatasetId:

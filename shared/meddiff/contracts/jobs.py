@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Literal
 
+from meddiff.contracts.access import KeyId
 from meddiff.contracts.base import Contract, DatasetId, JobId, ModelId, Stored, Tenant
 from meddiff.contracts.problems import Problem
 from meddiff.contracts.recipes import Recipe
@@ -23,6 +24,7 @@ class FinetuneSpec(Stored):
     tenant: Tenant
     id: JobId
     created_at: datetime
+    requested_by: KeyId | None = None
     request: FinetuneRequest
     recipe: Recipe
     model_id: ModelId
@@ -36,6 +38,7 @@ class GenerateSpec(Stored):
     tenant: Tenant
     id: JobId
     created_at: datetime
+    requested_by: KeyId | None = None
     request: GenerateRequest
     recipe: Recipe
     model_id: ModelId
@@ -51,6 +54,7 @@ class EvaluateSpec(Stored):
     tenant: Tenant
     id: JobId
     created_at: datetime
+    requested_by: KeyId | None = None
     request: EvaluateRequest
     recipe: Recipe
     model_id: ModelId | None = None
@@ -81,11 +85,13 @@ class Progress(Contract):
 
 
 class Job(Contract):
-    """What ``GET /jobs/{id}`` answers. Times are UTC; ``eta_seconds`` is absent until a speed has been measured."""
+    """What ``GET /jobs/{id}`` answers. ``requested_by`` is the id of an API key. Times are UTC; ``eta_seconds`` is
+    absent until a speed has been measured."""
 
     id: JobId
     kind: Kind
     parent: JobId | None = None
+    requested_by: KeyId | None = None
     status: Status
     stage: str | None = None
     progress: Progress | None = None

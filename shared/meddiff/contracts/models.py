@@ -32,6 +32,7 @@ class ModelCard(Stored):
 
 
 class ModelList(Contract):
-    """Models, newest first."""
+    """A page of models, newest first; ``next`` is the cursor of the following page."""
 
     models: tuple[ModelCard, ...]
+    next: str | None = None

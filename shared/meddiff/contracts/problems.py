@@ -7,12 +7,15 @@ from typing import Literal
 from meddiff.contracts.base import Contract
 
 ProblemSlug = Literal[
+    "unauthenticated",
+    "forbidden",
     "invalid-request",
     "invalid-dataset",
     "source-refused",
     "source-unreachable",
     "not-found",
     "not-ready",
+    "gone",
     "conflict",
     "too-large",
     "unavailable",
@@ -27,12 +30,15 @@ ProblemSlug = Literal[
 TYPE_PREFIX = "urn:meddiff:problem:"
 
 STATUS: dict[ProblemSlug, int] = {
+    "unauthenticated": 401,
+    "forbidden": 403,
     "invalid-request": 422,
     "invalid-dataset": 422,
     "source-refused": 403,
     "source-unreachable": 422,
     "not-found": 404,
     "not-ready": 409,
+    "gone": 410,
     "conflict": 409,
     "too-large": 413,
     "unavailable": 503,
@@ -45,12 +51,15 @@ STATUS: dict[ProblemSlug, int] = {
 }
 
 TITLE: dict[ProblemSlug, str] = {
+    "unauthenticated": "The request carries no valid API key",
+    "forbidden": "The API key's role does not allow it",
     "invalid-request": "The request is not valid",
     "invalid-dataset": "The dataset is not valid",
     "source-refused": "The source may not be read",
     "source-unreachable": "The source cannot be read",
     "not-found": "There is no such thing",
     "not-ready": "It is not there yet",
+    "gone": "It was removed",
     "conflict": "The state does not allow it",
     "too-large": "The body is too large",
     "unavailable": "A service this one needs is not reachable",

@@ -24,6 +24,8 @@ from meddiff.embedded.servers import sockets_removed, start_redis, start_s3
 from meddiff.planning.leases import Leases
 
 LOOPBACK = "127.0.0.1"
+TENANT = "local"
+"""Whose everything is: on loopback requests need no key."""
 PREFERRED_PORT = 8080
 WORKERS = ("trainer", "mask_sampler", "inpainter", "quality_scorer")
 
@@ -106,7 +108,9 @@ def up(
             "MEDDIFF_S3_SECRET_KEY": s3.secret_key,
             "MEDDIFF_HOST": LOOPBACK,
             "MEDDIFF_PORT": stack.address.rpartition(":")[2],
-            "MEDDIFF_FILE_ROOTS": json.dumps([str(root.resolve()) for root in file_roots]),
+            "MEDDIFF_REQUIRE_KEYS": "false",
+            "MEDDIFF_TENANT": TENANT,
+            "MEDDIFF_FILE_ROOTS": json.dumps({TENANT: [str(root.resolve()) for root in file_roots]}),
             "MEDDIFF_SCRATCH": str((folder / "scratch").resolve()),
         }
         stack = _start_service(folder, stack, "gateway", "gateway", environment)

@@ -9,7 +9,7 @@ import stat
 import tempfile
 import zipfile
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -165,28 +165,28 @@ def is_dataset_id(uri: str) -> bool:
     return _DATASET_ID.match(uri) is not None
 
 
-def check_uri(uri: str, settings: Settings) -> None:
-    """Return where ``uri`` is a dataset id or may be read; nothing is opened. Raises as ``locate`` does."""
+def check_uri(uri: str, settings: Settings, tenant: str) -> None:
+    """Return where ``uri`` is a dataset id or ``tenant`` may read it; nothing is opened. Raises as ``locate`` does."""
     if not is_dataset_id(uri):
-        locate(uri, settings)
+        locate(uri, settings, tenant)
 
 
-def locate(uri: str, settings: Settings) -> Path | BucketPath:
+def locate(uri: str, settings: Settings, tenant: str) -> Path | BucketPath:
     """What ``uri`` names. Raises ``ProblemError`` ``invalid-request`` for a URI of no known form and ``source-refused``
-    for what the operator has not named: another folder, another bucket, the service's own bucket."""
+    for what the operator has not named for this tenant: another folder, another bucket, the service's own bucket."""
     scheme, separator, rest = uri.partition("://")
     if separator and scheme.lower() == "s3":
-        return _locate_objects(rest, settings)
+        return _locate_objects(rest, settings, tenant)
     if separator and scheme.lower() == "file":
-        return _locate_folder(rest, settings)
+        return _locate_folder(rest, settings.file_roots.get(tenant, ()))
     raise _invalid("expected s3://bucket/prefix, s3://bucket/archive.zip, file:///folder or a dataset id")
 
 
 @contextmanager
-def open_source(uri: str, settings: Settings, store: ObjectStore) -> Iterator[Source]:
+def open_source(uri: str, settings: Settings, store: ObjectStore, tenant: str) -> Iterator[Source]:
     """The dataset at ``uri``, open for reading. Raises ``ProblemError`` as ``locate`` does, ``source-unreachable``
     where nothing can be read there, ``too-large`` and ``invalid-dataset`` for an archive that is refused."""
-    place = locate(uri, settings)
+    place = locate(uri, settings, tenant)
     if isinstance(place, BucketPath):
         bucket = store.of_bucket(place.bucket)
         if place.key.lower().endswith(".zip"):
@@ -198,7 +198,7 @@ def open_source(uri: str, settings: Settings, store: ObjectStore) -> Iterator[So
         with open_archive(place) as archive:
             yield archive
     elif place.is_dir():
-        yield Folder(place, _root_of(place, settings))
+        yield Folder(place, _root_of(place, settings.file_roots.get(tenant, ())))
     else:
         raise ProblemError("source-unreachable", "there is no such folder or archive", [_uri_fault("does not exist")])
 
@@ -215,30 +215,35 @@ def sorted_faults(faults: Iterable[Fault]) -> list[Fault]:
     return sorted(faults, key=lambda fault: (fault.pointer, fault.detail))
 
 
-def _locate_objects(rest: str, settings: Settings) -> BucketPath:
+def _locate_objects(rest: str, settings: Settings, tenant: str) -> BucketPath:
     bucket, _, key = rest.partition("/")
     if not bucket:
         raise _invalid("no bucket is named")
     if bucket == settings.s3_bucket:
         raise ProblemError("source-refused", "the service's own bucket is not a source", [_uri_fault("own bucket")])
-    if bucket not in settings.s3_sources:
-        detail = "the operator has not named that bucket as a source"
+    if not any(_lies_in(f"{bucket}/{key}", source) for source in settings.s3_sources.get(tenant, ())):
+        detail = "the operator has not named that bucket or prefix as a source"
         raise ProblemError("source-refused", detail, [_uri_fault(detail)])
     return BucketPath(bucket, key)
 
 
-def _locate_folder(rest: str, settings: Settings) -> Path:
+def _lies_in(path: str, source: str) -> bool:
+    """Whether ``bucket/key`` is what ``source`` names, a bucket or ``bucket/prefix``, or lies below it."""
+    return (path + "/").startswith(source.rstrip("/") + "/")
+
+
+def _locate_folder(rest: str, roots: Sequence[Path]) -> Path:
     host, slash, path = rest.partition("/")
     if host not in ("", "localhost") or not slash or "\0" in unquote(path):
         raise _invalid("a file URI is file:///absolute/folder")
     folder = Path("/" + unquote(path)).resolve()
-    _root_of(folder, settings)
+    _root_of(folder, roots)
     return folder
 
 
-def _root_of(folder: Path, settings: Settings) -> Path:
+def _root_of(folder: Path, roots: Sequence[Path]) -> Path:
     """The operator's root that ``folder``, its links resolved, lies under."""
-    for root in settings.file_roots:
+    for root in roots:
         if folder.is_relative_to(root.resolve()):
             return root
     detail = "the operator has not named a root that holds this folder"

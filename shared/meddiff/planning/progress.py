@@ -95,6 +95,7 @@ def _job(spec: Spec, **state: object) -> Job:
             "id": spec.id,
             "kind": spec.kind,
             "parent": spec.parent,
+            "requested_by": spec.requested_by,
             "created_at": spec.created_at,
             "request": spec.request.model_dump(mode="json"),
             "recipe": spec.recipe,

@@ -189,6 +189,24 @@ def _complement(number: str) -> int:
     return (1 << 128) - 1 - UUID(number).int
 
 
+def api_key(digest: str) -> str:
+    """``digest``: SHA-256 of the key's token."""
+    return api_keys_root() + join(f"{digest}.json")
+
+
+def api_keys_root() -> str:
+    return "keys/"
+
+
+def audit_record(tenant: str, number: str) -> str:
+    """``number``: a UUIDv7; later ones come first."""
+    return audit_root(tenant) + f"{_complement(number):032x}.json"
+
+
+def audit_root(tenant: str) -> str:
+    return join("audit", tenant) + "/"
+
+
 def idempotency(digest: str) -> str:
     return join("idempotency", f"{digest}.json")
 

@@ -1,0 +1,101 @@
+"""``DELETE``: what holds a dataset or a model is named; what was made from it goes with it where that is asked for."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import httpx
+from gateways import Gateway
+from meddiff.contracts.jobs import End
+from meddiff.store.keys import DatasetKeys, JobKeys, ModelKeys, model_name
+from stored import Generated, put_dataset, put_generated, put_model
+
+
+def left(gateway: Gateway, root: str) -> list[str]:
+    return sorted(key.removeprefix(f"{root}/") for key in gateway.store.list(f"{root}/"))
+
+
+def holders(response: httpx.Response) -> set[str]:
+    assert (response.status_code, response.json()["type"]) == (409, "urn:meddiff:problem:conflict")
+    return {fault["pointer"] for fault in response.json()["errors"]}
+
+
+def ended(gateway: Gateway, job_id: str) -> None:
+    gateway.store.put_json(JobKeys(gateway.tenant, job_id).end, End(status="succeeded", finished_at=datetime.now(UTC)))
+
+
+def only(gateway: Gateway) -> Generated:
+    """A generate job's results, its model and dataset, and nothing else of the tenant."""
+    gateway.store.delete_prefix(f"t/{gateway.tenant}/")
+    return put_generated(gateway.store, gateway.tenant)
+
+
+def test_a_dataset_that_nothing_holds_goes(gateway: Gateway) -> None:
+    dataset = put_dataset(gateway.store, gateway.tenant, level=200)
+    assert gateway.http.delete(f"/datasets/{dataset.id}").status_code == 204
+    assert left(gateway, DatasetKeys(gateway.tenant, dataset.id).root) == []
+    assert gateway.http.delete(f"/datasets/{dataset.id}").status_code == 404
+
+
+def test_what_was_made_from_a_dataset_holds_it_or_goes_with_it(gateway: Gateway) -> None:
+    made = only(gateway)
+    job, model, dataset = made.spec.id, made.spec.model_id, made.spec.dataset_id
+    assert holders(gateway.http.delete(f"/datasets/{dataset}")) == {f"/models/{model}", f"/jobs/{job}"}
+    assert gateway.http.get(f"/jobs/{job}/pairs/0/image").status_code == 200
+    assert gateway.http.delete(f"/datasets/{dataset}", params={"derived": True}).status_code == 204
+    assert left(gateway, DatasetKeys(gateway.tenant, dataset).root) == []
+    assert left(gateway, ModelKeys(gateway.tenant, model).root) == []
+    assert left(gateway, JobKeys(gateway.tenant, job).root) == ["end.json", "spec.json"]
+    assert gateway.http.get(f"/jobs/{job}").json()["status"] == "succeeded"
+    assert gateway.http.get(f"/jobs/{job}/pairs/0/image").status_code == 410
+
+
+def test_a_job_that_goes_on_holds_what_it_works_on(gateway: Gateway) -> None:
+    made = only(gateway)
+    dataset = made.spec.dataset_id
+    tuning = gateway.http.post("/finetune", json={"dataset_uri": dataset}).json()["id"]
+    painting = gateway.http.post("/generate", json={"model": made.spec.model_id, "count": 1}).json()["id"]
+    everything = {"derived": True}
+    on_dataset = gateway.http.delete(f"/datasets/{dataset}", params=everything)
+    assert holders(on_dataset) == {f"/jobs/{tuning}", f"/jobs/{painting}"}
+    assert holders(gateway.http.delete(f"/models/{made.spec.model_id}", params=everything)) == {f"/jobs/{painting}"}
+    assert gateway.http.get(f"/jobs/{made.spec.id}/manifest").status_code == 200
+    ended(gateway, tuning)
+    ended(gateway, painting)
+    assert gateway.http.delete(f"/datasets/{dataset}", params=everything).status_code == 204
+
+
+def test_a_dataset_brought_from_elsewhere_is_known_by_the_import(gateway: Gateway) -> None:
+    gateway.store.delete_prefix(f"t/{gateway.tenant}/")
+    dataset = put_dataset(gateway.store, gateway.tenant)
+    masks = put_dataset(gateway.store, gateway.tenant, level=120)
+    card = put_model(gateway.store, gateway.tenant, dataset)
+    body = {"model": card.id, "count": 1, "masks": masks.id}
+    job = gateway.http.post("/generate", json=body).json()["id"]
+    assert holders(gateway.http.delete(f"/datasets/{masks.id}")) == {f"/jobs/{job}"}
+
+
+def test_a_model_goes_with_its_name_unless_another_bears_it(gateway: Gateway) -> None:
+    dataset = put_dataset(gateway.store, gateway.tenant)
+    older = put_model(gateway.store, gateway.tenant, dataset, "twice")
+    newer = put_model(gateway.store, gateway.tenant, dataset, "twice")
+    assert gateway.http.delete(f"/models/{older.id}").status_code == 204
+    assert gateway.http.get("/models/twice").json()["id"] == newer.id
+    assert gateway.http.delete("/models/twice").status_code == 204
+    assert gateway.http.get("/models/twice").status_code == 404
+    assert not gateway.store.exists(model_name(gateway.tenant, "twice"))
+
+
+def test_datasets_and_models_are_listed_by_pages(gateway: Gateway) -> None:
+    gateway.store.delete_prefix(f"t/{gateway.tenant}/")
+    datasets = [put_dataset(gateway.store, gateway.tenant, level) for level in (10, 20, 30, 40, 50)]
+    cards = [put_model(gateway.store, gateway.tenant, dataset) for dataset in datasets]
+    for path, wanted in (("datasets", sorted(one.id for one in datasets)), ("models", [one.id for one in cards[::-1]])):
+        found, cursor = [], None
+        while True:
+            page = gateway.http.get(f"/{path}", params={"limit": 2, **({"cursor": cursor} if cursor else {})}).json()
+            found += [one["id"] for one in page[path]]
+            cursor = page["next"]
+            if cursor is None:
+                break
+        assert found == wanted
