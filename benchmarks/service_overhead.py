@@ -20,30 +20,14 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from meddiff.client import Client
 from meddiff.contracts.recipes import override
 from meddiff.embedded import stack
-from meddiff.settings import Settings
 from meddiff.store.keys import ModelKeys
 from meddiff.store.objects import ObjectStore
 from meddiff_services.loading import fetch_folder
-from pydantic import SecretStr
 
 from benchmarks.in_process import Generator
 from benchmarks.sources import cases_by_digest
 
 QUICK = {"finetuning": {"steps": 120}, "mask_generation": {"steps": 400}}
-
-
-def store_of(running: stack.Stack) -> ObjectStore:
-    """The stack's store, as its gateway reaches it."""
-    gateway = next(member for member in running.members if member.name == "gateway").process()
-    assert gateway is not None
-    environment = gateway.environ()
-    return ObjectStore.from_settings(
-        Settings(
-            s3_endpoint=environment["MEDDIFF_S3_ENDPOINT"],
-            s3_access_key=SecretStr(environment["MEDDIFF_S3_ACCESS_KEY"]),
-            s3_secret_key=SecretStr(environment["MEDDIFF_S3_SECRET_KEY"]),
-        )
-    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -74,7 +58,9 @@ def compare(running: stack.Stack, arguments: argparse.Namespace, folder: Path) -
         tuned = client.finetune(arguments.data.resolve().as_uri(), name="speed", override=QUICK)
         assert client.wait(tuned.id).status == "succeeded"
         card = client.model("speed")
-        fetch_folder(store_of(running), ModelKeys("local", card.id).root + "/", folder, "model.json")
+        fetch_folder(
+            ObjectStore.from_settings(running.settings), ModelKeys("local", card.id).root + "/", folder, "model.json"
+        )
         known = cases_by_digest(arguments.data)
         recipe = override(card.recipe, {"work": {"inference_threads": 2}})
         healthy = [case.image for case in known.values() if case.role == "background"]

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from meddiff.administration import admin
 from meddiff.client import Client, ServiceError
 from meddiff.contracts.base import Contract
 from meddiff.contracts.jobs import ENDED, Job, Kind, Status
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Synthetic image-mask pairs from about thirty annotated images.",
 )
+app.add_typer(admin, name="admin")
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 

@@ -45,16 +45,19 @@ class ServiceError(Exception):
 
 
 class Client:
-    """A connection to one service, e.g. ``Client("http://127.0.0.1:8080")``; usable as a context manager.
+    """A connection to one service, e.g. ``Client("http://127.0.0.1:8080")``; usable as a context manager. ``key``: the
+    API key, else that of the environment's ``MEDDIFF_API_KEY``; a service on loopback may need none.
 
     Every method raises ``ServiceError`` where the service answers with a problem and ``httpx.TransportError`` where it
     does not answer at all. Calls are repeated a few times while the service is unreachable or answers 503; a ``POST``
     carries an ``Idempotency-Key``, so a repeated one starts nothing twice.
     """
 
-    def __init__(self, base_url: str, *, timeout: float = 60.0) -> None:
+    def __init__(self, base_url: str, *, key: str | None = None, timeout: float = 60.0) -> None:
         self.base_url = base_url
-        self._http = httpx.Client(base_url=base_url, timeout=timeout, follow_redirects=True)
+        token = key or os.environ.get("MEDDIFF_API_KEY")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.Client(base_url=base_url, headers=headers, timeout=timeout, follow_redirects=True)
 
     def __enter__(self) -> Self:
         return self
@@ -136,17 +139,16 @@ class Client:
         """``GET /jobs/{id}``."""
         return Job.model_validate_json(self._get(_job(job_id)).content)
 
-    def jobs(self, *, kind: Kind | None = None, status: Status | None = None) -> Iterator[Job]:
-        """``GET /jobs``, newest first; pages are fetched as they are needed."""
-        query: dict[str, str] = {
+    def jobs(
+        self, *, kind: Kind | None = None, status: Status | None = None, metadata: dict[str, str] | None = None
+    ) -> Iterator[Job]:
+        """``GET /jobs``, newest first, only those with all of ``metadata``; pages are fetched as they are needed."""
+        query: dict[str, Any] = {
             name: value for name, value in (("kind", kind), ("status", status)) if value is not None
         }
-        while True:
-            page = JobList.model_validate_json(self._get("/jobs", params=query).content)
-            yield from page.jobs
-            if page.next is None:
-                return
-            query["cursor"] = page.next
+        query["metadata"] = [f"{name}:{value}" for name, value in (metadata or {}).items()]
+        for content in self._pages("/jobs", query):
+            yield from JobList.model_validate_json(content).jobs
 
     def wait(self, job_id: str, on_update: Callable[[Job], None] | None = None) -> Job:
         """Until the job has ended, whichever way; ``on_update`` gets it now, after every change and every few
@@ -220,20 +222,30 @@ class Client:
         return ValidationReport.model_validate_json(self._post_dataset("/datasets/validate", source))
 
     def datasets(self) -> tuple[DatasetSummary, ...]:
-        """``GET /datasets``."""
-        return DatasetList.model_validate_json(self._get("/datasets").content).datasets
+        """``GET /datasets``: every one."""
+        pages = (DatasetList.model_validate_json(content) for content in self._pages("/datasets", {}))
+        return tuple(dataset for page in pages for dataset in page.datasets)
 
     def dataset(self, dataset_id: str) -> Dataset:
         """``GET /datasets/{id}``: with every case."""
         return Dataset.model_validate_json(self._get(f"/datasets/{quote(dataset_id, safe='')}").content)
 
+    def delete_dataset(self, dataset_id: str, *, derived: bool = False) -> None:
+        """``DELETE /datasets/{id}``; with ``derived`` the models and pairs made from it go too."""
+        self._send("DELETE", f"/datasets/{quote(dataset_id, safe='')}", params={"derived": derived})
+
     def models(self) -> tuple[ModelCard, ...]:
-        """``GET /models``, newest first."""
-        return ModelList.model_validate_json(self._get("/models").content).models
+        """``GET /models``: every one, newest first."""
+        pages = (ModelList.model_validate_json(content) for content in self._pages("/models", {}))
+        return tuple(model for page in pages for model in page.models)
 
     def model(self, model: str) -> ModelCard:
         """``GET /models/{id}``; a name will do as well."""
         return ModelCard.model_validate_json(self._get(f"/models/{quote(model, safe='')}").content)
+
+    def delete_model(self, model: str, *, derived: bool = False) -> None:
+        """``DELETE /models/{id}``, a name will do as well; with ``derived`` the pairs made with it go too."""
+        self._send("DELETE", f"/models/{quote(model, safe='')}", params={"derived": derived})
 
     def recipes(self) -> dict[str, Recipe]:
         """``GET /recipes``: the named recipes with every value."""
@@ -243,6 +255,16 @@ class Client:
 
     def _get(self, path: str, **options: Any) -> httpx.Response:
         return self._send("GET", path, **options)
+
+    def _pages(self, path: str, query: dict[str, Any]) -> Iterator[bytes]:
+        """The pages of a list, each fetched when it is needed."""
+        cursor: str | None = None
+        while True:
+            response = self._get(path, params={**query, **({"cursor": cursor} if cursor else {})})
+            yield response.content
+            cursor = response.json()["next"]
+            if cursor is None:
+                return
 
     def _get_patiently(self, path: str, **options: Any) -> httpx.Response:
         until = time.monotonic() + _OUTAGE_SECONDS

@@ -12,8 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from gateways import Gateway
+from gateways import Gateway, started, variables
 from meddiff.cli import app
+from meddiff.client import Client
 from meddiff.contracts.ids import created_at, uuid7
 from meddiff.contracts.jobs import End, EndStatus, Job, Progress
 from meddiff.contracts.problems import problem
@@ -174,3 +175,27 @@ def test_progress_reads_plainly() -> None:
     assert describe(job) == "inpainter, 60/360 steps, about 1 min 15 s left"
     waiting = job.model_copy(update={"status": "queued", "progress": None, "eta_seconds": None, "queue_position": 2})
     assert describe(waiting) == "queued, place 2 in the queue"
+
+
+def test_keys_are_made_used_listed_and_revoked(gateway: Gateway, tmp_path: Path) -> None:
+    with started(gateway.settings.model_copy(update={"require_keys": True}), tmp_path) as guarded:
+        environment = variables(guarded.settings) | {"MEDDIFF_URL": guarded.url}
+
+        def run(*arguments: str, **more: str) -> Result:
+            result = CliRunner().invoke(app, list(arguments), env=environment | more)
+            assert "Traceback" not in result.output
+            return result
+
+        refused = run("jobs")
+        assert (refused.exit_code, "API key" in refused.stderr) == (1, True)
+        made = json.loads(run("admin", "keys", "create", "--tenant", "eye", "--role", "reader", "--json").stdout)
+        assert made["key"]["tenant"] == "eye"
+        assert run("jobs", MEDDIFF_API_KEY=made["token"]).exit_code == 0
+        with Client(guarded.url, key=made["token"]) as client:
+            assert list(client.jobs()) == []
+        assert made["key"]["id"] in run("admin", "keys", "list").stdout
+        assert run("admin", "keys", "revoke", made["key"]["id"]).exit_code == 0
+        listed = json.loads(run("admin", "keys", "list", "--json").stdout)
+        assert [key["revoked_at"] is not None for key in listed if key["id"] == made["key"]["id"]] == [True]
+        assert run("admin", "keys", "revoke", "0" * 16).exit_code == 1
+        assert run("admin", "keys", "create", "--tenant", "A/B", "--role", "reader").exit_code == 1

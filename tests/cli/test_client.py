@@ -157,3 +157,14 @@ def test_many_downloads_at_once_share_a_client(client: Client, made: Generated, 
     for thread in threads:
         thread.join()
     assert len(list(tmp_path.rglob("*.image.png"))) == 6
+
+
+def test_datasets_and_models_are_removed(client: Client, gateway: Gateway) -> None:
+    dataset = put_dataset(gateway.store, gateway.tenant, level=150)
+    card = put_model(gateway.store, gateway.tenant, dataset)
+    with pytest.raises(ServiceError) as caught:
+        client.delete_dataset(dataset.id)
+    assert [fault.pointer for fault in caught.value.problem.errors] == [f"/models/{card.id}"]
+    client.delete_model(card.id)
+    client.delete_dataset(dataset.id)
+    assert dataset.id not in {one.id for one in client.datasets()}

@@ -18,7 +18,6 @@ from meddiff.client import Client
 from meddiff.contracts.jobs import Job
 from meddiff.contracts.manifest import Manifest
 from meddiff.embedded import stack
-from meddiff.settings import Settings
 from meddiff.store.keys import ModelKeys
 from meddiff.store.objects import ObjectStore
 from meddiff_services.loading import fetch_folder
@@ -87,7 +86,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, dataset: Path, large: Path) -
                     succeeded(client, tuned)
                     assert client.previews(tuned.id)
                     model_id = client.model("phantom").id
-                    fetch_folder(store_of(running), ModelKeys("local", model_id).root + "/", model, "model.json")
+                    fetch_folder(
+                        ObjectStore.from_settings(running.settings),
+                        ModelKeys("local", model_id).root + "/",
+                        model,
+                        "model.json",
+                    )
                 job = succeeded(client, client.generate("phantom", COUNT, seed=7))
                 folder = tmp_path_factory.mktemp(f"pulled{inpainters}")
                 results[inpainters] = (folder, client.pull(job.id, folder))
@@ -98,17 +102,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, dataset: Path, large: Path) -
         finally:
             stack.down(home / str(inpainters))
     return Made(results, on_large, model)
-
-
-def store_of(running: stack.Stack) -> ObjectStore:
-    """The stack's store, as its gateway reaches it."""
-    gateway = next(member for member in running.members if member.name == "gateway").process()
-    assert gateway is not None
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in gateway.environ().items():
-            if name.startswith("MEDDIFF_"):
-                patch.setenv(name, value)
-        return ObjectStore.from_settings(Settings())
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import httpx
 import psutil
+from pydantic import SecretStr
 
 from meddiff.contracts.base import Contract
 from meddiff.contracts.tasks import QUEUE_OF, Queue
 from meddiff.embedded.servers import sockets_removed, start_redis, start_s3
 from meddiff.planning.leases import Leases
+from meddiff.settings import Settings
 
 LOOPBACK = "127.0.0.1"
 TENANT = "local"
@@ -65,6 +67,20 @@ class Stack(Contract):
 
     address: str
     members: tuple[Member, ...] = ()
+
+    @property
+    def settings(self) -> Settings:
+        """Where its store and Redis are, and the way in. Raises ``StackError`` where its gateway has ended."""
+        gateway = next((member.process() for member in self.members if member.name == "gateway"), None)
+        if gateway is None:
+            raise StackError("the stack's gateway has ended")
+        environment = gateway.environ()
+        return Settings(
+            redis_url=environment["MEDDIFF_REDIS_URL"],
+            s3_endpoint=environment["MEDDIFF_S3_ENDPOINT"],
+            s3_access_key=SecretStr(environment["MEDDIFF_S3_ACCESS_KEY"]),
+            s3_secret_key=SecretStr(environment["MEDDIFF_S3_SECRET_KEY"]),
+        )
 
     @property
     def dead(self) -> tuple[Member, ...]:

@@ -1,0 +1,102 @@
+"""``meddiff admin``: what an operator does, on the object store itself. Whoever may reach the store may do it all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from meddiff.contracts.access import Role
+
+if TYPE_CHECKING:
+    from meddiff.settings import Settings
+    from meddiff.store.objects import ObjectStore
+
+STACK_FOLDER = Path("out/stack")
+
+admin = typer.Typer(no_args_is_help=True, help="Keys and housekeeping, on the store that MEDDIFF_S3_… names.")
+keys = typer.Typer(no_args_is_help=True, help="API keys: made, listed, revoked.")
+admin.add_typer(keys, name="keys")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+
+
+@keys.command()
+def create(
+    tenant: Annotated[str, typer.Option(help="Lower-case letters, digits and hyphens.")],
+    role: Annotated[Role, typer.Option(help="reader looks, operator also starts jobs, admin also deletes.")],
+    label: Annotated[str, typer.Option(help="Whose key it is, for the list.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Make a key and print its token, which is shown this once and stored nowhere."""
+    from meddiff import access
+
+    with _store() as store:
+        made = access.create_key(store, tenant, role, label)
+    typer.echo(made.model_dump_json(indent=2) if as_json else made.token)
+
+
+@keys.command("list")
+def list_(as_json: Json = False) -> None:
+    """List every key, revoked ones too."""
+    from meddiff import access
+
+    with _store() as store:
+        found = access.list_keys(store)
+    if as_json:
+        typer.echo(json.dumps([key.model_dump(mode="json") for key in found], indent=2))
+        return
+    table = Table(Column("id", no_wrap=True), "tenant", "role", "label", "created", "revoked", box=None)
+    for key in found:
+        revoked = f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at is not None else ""
+        table.add_row(key.id, key.tenant, key.role, key.label, f"{key.created_at:%Y-%m-%d %H:%M}", revoked)
+    Console(width=120).print(table)
+
+
+@keys.command()
+def revoke(key_id: Annotated[str, typer.Argument(metavar="ID", help="As the list shows it.")]) -> None:
+    """Revoke a key; a gateway refuses it within seconds."""
+    from meddiff import access
+    from meddiff.store.objects import NotFound
+
+    with _store() as store:
+        try:
+            access.revoke_key(store, key_id)
+        except NotFound:
+            typer.echo("there is no key of that id", err=True)
+            raise typer.Exit(1) from None
+    typer.echo(f"revoked: {key_id}")
+
+
+@contextmanager
+def _store() -> Iterator[ObjectStore]:
+    """The service's store: that of the environment, else of the stack in ``STACK_FOLDER``. Faults end the command
+    without a trace."""
+    try:
+        from meddiff.settings import Settings
+        from meddiff.store.objects import ObjectStore, StoreError
+    except ModuleNotFoundError as error:
+        typer.echo(f"{error.name} is missing; it comes with: pip install 'meddiff[gateway]'", err=True)
+        raise typer.Exit(1) from None
+    try:
+        settings = Settings() if "MEDDIFF_S3_ENDPOINT" in os.environ else _embedded()
+        yield ObjectStore.from_settings(settings or Settings())
+    except (StoreError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+
+
+def _embedded() -> Settings | None:
+    if not (STACK_FOLDER / "stack.json").exists():
+        return None
+    from meddiff.embedded import stack
+
+    running = stack.read(STACK_FOLDER)
+    return running.settings if running is not None else None
