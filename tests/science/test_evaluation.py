@@ -222,6 +222,12 @@ def test_the_stop_is_not_chosen_by_a_single_lucky_step() -> None:
     assert trials.best_stop({50: 0.5, 100: 0.9, 150: 0.4, 200: 0.7, 250: 0.75, 300: 0.74, 350: 0.6}) == 250
 
 
+def test_of_stops_that_are_as_good_the_last_is_taken() -> None:
+    level = {80: 0.754, 160: 0.851, 240: 0.844, 320: 0.840, 400: 0.843, 480: 0.843}
+    assert trials.best_stop(level) == 480
+    assert trials.best_stop(level | {400: 0.80, 480: 0.78}) == 240
+
+
 def test_pairs_that_show_a_case_held_aside_have_no_part_in_choosing_the_stop() -> None:
     real = [disc(n) for n in range(6)]
     everywhere = frozenset(range(6))

@@ -17,6 +17,7 @@ from meddiff.science.geometry import Image, Mask
 from meddiff.seeds import derive
 
 Pair = tuple[Image, Mask]
+TOLERANCE = 0.005
 OnStep = Callable[[int, int], None]
 """Called at each training step with the steps done and the steps in all; what it raises ends the training."""
 
@@ -59,13 +60,14 @@ def _from(on_step: OnStep, begun: int, total: int) -> Callable[[int], None]:
 
 
 def best_stop(curve: Mapping[int, float]) -> int:
-    """The step of the highest Dice, each averaged with its neighbours: a single one is too noisy to choose by."""
+    """The last step whose Dice is as good as the best one, within ``TOLERANCE``: each is averaged with its neighbours,
+    for a single one is too noisy to choose by, and where a curve is level the later stop is the safer one."""
     steps = sorted(curve)
     smooth = {
         step: np.mean([curve[near] for near in steps[max(0, place - 1) : place + 2]])
         for place, step in enumerate(steps)
     }
-    return max(steps, key=lambda step: smooth[step])
+    return max(step for step in steps if smooth[step] >= max(smooth.values()) - TOLERANCE)
 
 
 def trained(material: Material, settings: Evaluation, steps: int, seed: int, on_step: OnStep) -> nn.Module:
