@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ from kombu.exceptions import OperationalError
 from meddiff.contracts.jobs import Spec
 from meddiff.contracts.problems import ProblemError
 from meddiff.contracts.tasks import KILLED, Marker, Queue, Stage, Task, TaskFault
-from meddiff.planning.dispatch import advance, finish
+from meddiff.planning.dispatch import SOON, advance, fill, finish
 from meddiff.planning.leases import Leases, Live
 from meddiff.planning.observe import read_marker, read_spec
 from meddiff.planning.plan import Ending
@@ -199,7 +200,8 @@ class Worker:
 
     @cached_property
     def leases(self) -> Leases:
-        return Leases.connect(self.settings.redis_url, self.settings.lease_seconds)
+        s = self.settings
+        return Leases.connect(s.redis_url, s.lease_seconds, s.tenant_weights)
 
     @cached_property
     def stages(self) -> Mapping[Stage, StageFunction]:
@@ -218,15 +220,23 @@ class Worker:
         try:
             self._tidy(task.job_id)
             result = self._run(task)
-            if result in ("done", "dropped", "stopped"):
-                advance(self.store, self.leases, self._send, task.tenant, task.job_id)
+            if result == "fault":
+                self.leases.look_after(task.tenant, task.job_id, SOON)
+                fill(self.store, self.leases, self._send, {task.queue})
+            else:
+                advance(self.store, self.leases, self._send, task.tenant, task.job_id, freed={task.queue})
         except (StoreError, RedisError, OperationalError) as error:
+            self._look_soon(task)
             result = "unavailable"
             log.warning("left to be sent again", error=type(error).__name__)
         finally:
             structlog.contextvars.clear_contextvars()
         TASK_SECONDS.labels(task.stage, result).observe(time.monotonic() - started)
         return result
+
+    def _look_soon(self, task: Task) -> None:
+        with suppress(RedisError):  # Else the sweep finds the lease run out, or nothing known of the job.
+            self.leases.look_after(task.tenant, task.job_id, SOON)
 
     def _run(self, task: Task) -> Result:
         keys = JobKeys(task.tenant, task.job_id)
@@ -274,6 +284,7 @@ class Worker:
                 output=dict(outcome.output),
             )
             self.store.put_json(work.keys.done(task.stage, task.shard), marker)
+            self.leases.learn(task.stage, seconds)
         except Stopped:
             log.info("task stopped")
             return "stopped"

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,14 @@ def variables(settings: Settings) -> dict[str, str]:
         elif value is not None:
             found[f"MEDDIFF_{name.upper()}"] = str(value)
     return found
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Returns once ``condition`` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)
 
 
 def until_it_answers(process: subprocess.Popen[bytes], http: httpx.Client, log: Path) -> None:

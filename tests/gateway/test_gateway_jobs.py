@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from gateways import Gateway
+from gateways import Gateway, started, until
 from meddiff.contracts.ids import created_at, uuid7
 from meddiff.contracts.jobs import End, EvaluateSpec, FinetuneSpec, GenerateSpec
 from meddiff.planning.observe import read_spec
@@ -351,3 +351,18 @@ def test_events_tell_of_every_change_until_the_end_and_nothing_twice(gateway: Ga
     again = gateway.http.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": ids[-1]})
     assert list(events(again)) == []
     assert gateway.http.get(f"/jobs/{MISSING_JOB}/events").status_code == 404
+
+
+def test_no_more_jobs_are_accepted_than_may_be_unfinished(gateway: Gateway, tmp_path: Path) -> None:
+    settings = gateway.settings.model_copy(update={"max_tenant_jobs": 3, "tenant": "small", "sweep_seconds": 600})
+    dataset = put_dataset(gateway.store, "small")
+    body = {"dataset_uri": dataset.id}
+    with started(settings, tmp_path) as other:
+        accepted = [other.http.post("/finetune", json=body, headers={"Idempotency-Key": f"{n}"}) for n in range(4)]
+        assert [one.status_code for one in accepted] == [202, 202, 202, 429]
+        assert accepted[3].json()["type"] == "urn:meddiff:problem:too-many-jobs"
+        assert int(accepted[3].headers["retry-after"]) > 0
+        again = other.http.post("/finetune", json=body, headers={"Idempotency-Key": "0"})
+        assert again.json()["id"] == accepted[0].json()["id"]
+        other.http.post(f"/jobs/{accepted[0].json()['id']}/cancel")
+        until(lambda: other.http.post("/finetune", json=body, headers={"Idempotency-Key": "3"}).status_code == 202)

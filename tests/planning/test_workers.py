@@ -19,7 +19,7 @@ from meddiff.contracts.jobs import End, FinetuneSpec, Spec
 from meddiff.contracts.tasks import QUEUE_OF, Marker, Task, TaskFault
 from meddiff.planning.dispatch import active_jobs, cancel, finish, sweep
 from meddiff.planning.jobs import read_job
-from meddiff.planning.leases import Leases, Snapshot
+from meddiff.planning.leases import Leases
 from meddiff.planning.plan import Ending, finetune_steps
 from meddiff.planning.queues import Sender, celery_app
 from meddiff.planning.selection import Entry, Tally, budget, fold, is_full
@@ -127,7 +127,7 @@ def markers(store: ObjectStore, keys: JobKeys) -> dict[tuple[str, int], Any]:
 
 
 def running_on(leases: Leases, worker: subprocess.Popen[bytes]) -> Callable[[], bool]:
-    return lambda: any(f"-{worker.pid}@" in holder for holder in leases.snapshot().leases.values())
+    return lambda: any(f"-{worker.pid}@" in holder for holder in _holders(leases).values())
 
 
 def test_both_kinds_of_job_survive_a_killed_worker_and_a_flush(cluster: Cluster) -> None:
@@ -192,12 +192,12 @@ def test_cancel_takes_effect_at_the_next_step(cluster: Cluster) -> None:
     worker = cluster.start_worker()
     keys = cluster.submit(_with_metadata(finetune(job_id=JOBS[0]), endless="inpainter"))
     training = Task(tenant="local", job_id=JOBS[0], stage="inpainter", shard=0)
-    cluster.until(lambda: cluster.leases.snapshot().holds(training) and running_on(cluster.leases, worker)())
+    cluster.until(lambda: cluster.leases.holder(training) and running_on(cluster.leases, worker)())
     cancel(cluster.store, "local", JOBS[0], datetime.now(UTC))
     assert read_job(cluster.store, cluster.leases, "local", JOBS[0]).status in ("cancelling", "cancelled")
     end = cluster.until(lambda: cluster.end_of(keys), 10)
     assert end.status == "cancelled"
-    assert not cluster.leases.snapshot().runs("local", JOBS[0])
+    assert not cluster.leases.runs("local", JOBS[0])
     assert not cluster.store.exists(keys.done("inpainter", 0))
 
 
@@ -250,7 +250,7 @@ def test_a_task_that_hangs_is_ended_and_that_is_not_forgotten(cluster: Cluster) 
 def test_a_worker_that_cannot_import_its_stages_never_counts_and_leaves(cluster: Cluster) -> None:
     worker = cluster.start_worker("masks", stages="no_such_module")
     assert worker.wait(30) == 0
-    assert cluster.leases.snapshot().workers == {}
+    assert set(cluster.leases.workers().values()) == {0}
     assert "no_such_module" in cluster.logs()
 
 
@@ -272,28 +272,50 @@ def test_queues_stay_shallow(cluster: Cluster) -> None:
     """Without a worker one task a queue is in flight, however much is due and however often it is planned."""
     for n in range(4):
         cluster.submit(generate(100, job_id=JOBS[n]))
-    seen: list[Snapshot] = []
-    cluster.until(lambda: seen.append(cluster.leases.snapshot()) or len(seen) == 8)
-    assert {snapshot.in_flight("masks") for snapshot in seen} == {1}
+    seen: list[int] = []
+    cluster.until(lambda: seen.append(cluster.leases.in_flight("masks")) or len(seen) == 8)
+    assert set(seen) == {1}
     time.sleep(cluster.leases.seconds)  # The lease of the waiting message runs out: it is not sent again.
-    cluster.until(lambda: seen.append(cluster.leases.snapshot()) or len(seen) == 12)
+    cluster.until(lambda: seen.append(cluster.leases.in_flight("masks")) or len(seen) == 12)
     assert cluster.leases.backlog("masks") == 1
 
 
 def test_one_runs_a_task_at_a_time(leases: Leases) -> None:
     task = Task(tenant="local", job_id=JOBS[0], stage="masks", shard=3)
-    assert leases.reserve(task)
-    assert not leases.reserve(task)
+    assert leases.reserve([task]) == (task, False)
+    assert leases.reserve([task]) == (None, False)
     assert leases.take(task, "a")
     assert not leases.take(task, "b")
     assert leases.take(task, "a"), "taking again renews"
     leases.release(task, "b")
-    assert leases.snapshot().running("masks") == 1
+    assert (leases.running("masks"), leases.runs("local", JOBS[0])) == (1, True)
     leases.client.flushall()
     assert leases.take(task, "a"), "a flush takes nothing from who still works"
     assert not leases.take(task, "b")
     leases.release(task, "a")
-    assert leases.snapshot().leases == {}
+    assert (leases.in_flight("masks"), leases.runs("local", JOBS[0])) == (0, False)
+
+
+def test_of_several_tasks_the_first_free_one_is_reserved(leases: Leases) -> None:
+    tasks = [Task(tenant="local", job_id=JOBS[0], stage="masks", shard=n) for n in range(1201)]
+    assert leases.reserve(tasks) == (tasks[0], True)
+    assert leases.take(tasks[1], "a")
+    assert leases.reserve(tasks[:3]) == (tasks[2], False)
+    for task in tasks[:1200]:
+        leases.take(task, "a")
+    assert leases.reserve(tasks) == (tasks[1200], False)
+    assert leases.in_flight("masks") == 1201
+
+
+def test_what_ran_out_is_told_once(settings: Settings, leases: Leases) -> None:
+    brief = Leases(leases.client, 0.05)
+    sent, run = (Task(tenant="local", job_id=JOBS[n], stage="masks", shard=0) for n in range(2))
+    brief.reserve([sent])
+    brief.take(run, "a")
+    _wait(lambda: leases.in_flight("masks") == 0)
+    assert leases.expired("masks") == [("local", JOBS[0]), ("local", JOBS[1])]
+    assert leases.expired("masks") == []
+    assert leases.reserve([sent]) == (sent, False)
 
 
 def test_one_leader_sweeps(leases: Leases) -> None:
@@ -316,4 +338,10 @@ def _with_metadata(spec: FinetuneSpec, **metadata: str) -> FinetuneSpec:
 
 
 def _lease_of(stage: str, leases: Leases) -> Callable[[], str]:
-    return lambda: next((h for key, h in leases.snapshot().leases.items() if f":{stage}:" in key), "")
+    return lambda: next((holder for task, holder in _holders(leases).items() if f"/{stage}/" in task), "")
+
+
+def _holders(leases: Leases) -> dict[str, str]:
+    """Who runs which task."""
+    found = (leases.client.hgetall(f"holders:{queue}") for queue in QUEUES)
+    return {task.decode(): holder.decode() for of_queue in found for task, holder in of_queue.items()}

@@ -45,17 +45,17 @@ def accept(here: Backends, request: R, resolve: Callable[[Backends, R, JobId], S
     """The spec of the job that ``resolve`` makes of the request, written and active.
 
     The same ``key`` again gives the first job again, also where the first call was cut off halfway. Raises
-    ``ProblemError`` for whatever is wrong with the request, which then uses up no key, and for a key that came with
-    another request.
+    ``ProblemError`` for whatever is wrong with the request, which then uses up no key, for a key that came with
+    another request, and where too many jobs are unfinished.
     """
     job_id = uuid7()
     if key is None:
-        return _submitted(here, resolve(here, request, job_id))
+        return _submitted(here, _admitted(here, resolve(here, request, job_id)))
     digest = sha256_hex(canonical_json(request))
     place = idempotency(sha256_hex(canonical_json([here.tenant, type(request).__name__, key])))
     first = _first(here, place)
     if first is None:
-        spec = resolve(here, request, job_id)
+        spec = _admitted(here, resolve(here, request, job_id))
         if here.store.create_json(place, Accepted(job_id=job_id, request_sha256=digest)):
             return _submitted(here, spec)
         first = here.store.get_json(place, Accepted)
@@ -160,6 +160,12 @@ def _maker(here: Backends, request: EvaluateRequest) -> tuple[ModelCard | None, 
         return None, [Fault(pointer="/synthetic_job", detail="the job has no manifest, or none yet")]
     card = find_model(here, made.model_id)
     return card, [] if card is not None else [Fault(pointer="/synthetic_job", detail="its model is no longer there")]
+
+
+def _admitted(here: Backends, spec: Spec) -> Spec:
+    """The spec of one job more, if it may be. A replay needs no admission: its job was counted."""
+    here.bounds.admit(here.tenant)
+    return spec
 
 
 def _submitted(here: Backends, spec: Spec) -> Spec:

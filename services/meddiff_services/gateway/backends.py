@@ -17,6 +17,8 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from meddiff_services.gateway.bounds import Bounds
+
 
 @dataclass(frozen=True)
 class Backends:
@@ -27,6 +29,7 @@ class Backends:
     store: ObjectStore
     leases: Leases
     send: Send
+    bounds: Bounds
     tenant: str = ""
     key_id: str | None = None
     role: Role = "reader"
@@ -36,12 +39,9 @@ class Backends:
         redis = Redis.from_url(
             settings.redis_url, retry=Retry(NoBackoff(), 1), socket_timeout=3, socket_connect_timeout=1
         )
-        return cls(
-            settings,
-            ObjectStore.from_settings(settings, RetryPolicy(deadline=3.0)),
-            Leases(redis, settings.lease_seconds),
-            Sender(celery_app(settings)),
-        )
+        store = ObjectStore.from_settings(settings, RetryPolicy(deadline=3.0))
+        leases = Leases(redis, settings.lease_seconds, settings.tenant_weights)
+        return cls(settings, store, leases, Sender(celery_app(settings)), Bounds(settings, store))
 
 
 def _backends(request: Request) -> Backends:

@@ -42,6 +42,7 @@ _HEADERS = {
     for name, text in {"Location": "The job's address", "Retry-After": "Seconds until it is worth asking again"}.items()
 }
 _ACCEPTED: dict[int | str, dict[str, Any]] = {202: {"description": "The job", "headers": _HEADERS}}
+_REFUSED = documented("source-refused", "too-many-jobs")
 _KEY = Header(
     max_length=255, description="The same key with the same request gives the first job again; with another one, 422"
 )
@@ -72,7 +73,7 @@ EVALUATE_EXAMPLES: dict[str, Any] = {
 IdempotencyKey = Annotated[str | None, _KEY]
 
 
-@router.post("/finetune", status_code=202, responses={**_ACCEPTED, **documented("source-refused")})
+@router.post("/finetune", status_code=202, responses={**_ACCEPTED, **_REFUSED})
 def finetune(
     request: Annotated[FinetuneRequest, Body(openapi_examples=FINETUNE_EXAMPLES)],
     here: Here,
@@ -83,7 +84,7 @@ def finetune(
     return _accepted(here, accept(here, request, finetune_spec, idempotency_key), response)
 
 
-@router.post("/generate", status_code=202, responses=_ACCEPTED)
+@router.post("/generate", status_code=202, responses={**_ACCEPTED, **documented("too-many-jobs")})
 def generate(
     request: Annotated[GenerateRequest, Body(openapi_examples=GENERATE_EXAMPLES)],
     here: Here,
@@ -94,7 +95,7 @@ def generate(
     return _accepted(here, accept(here, request, generate_spec, idempotency_key), response)
 
 
-@router.post("/evaluate", status_code=202, responses={**_ACCEPTED, **documented("source-refused")})
+@router.post("/evaluate", status_code=202, responses={**_ACCEPTED, **_REFUSED})
 def evaluate(
     request: Annotated[EvaluateRequest, Body(openapi_examples=EVALUATE_EXAMPLES)],
     here: Here,

@@ -23,7 +23,11 @@ MEDIA_TYPE = "application/problem+json"
 UNREACHABLE = (StoreError, RedisError, OperationalError)
 """What the object store, redis-py and Celery raise when their server does not answer."""
 
-_HEADERS = {STATUS["unavailable"]: {"Retry-After": "5"}, STATUS["unauthenticated"]: {"WWW-Authenticate": "Bearer"}}
+_HEADERS = {
+    STATUS["unavailable"]: {"Retry-After": "5"},
+    STATUS["too-many-jobs"]: {"Retry-After": "30"},
+    STATUS["unauthenticated"]: {"WWW-Authenticate": "Bearer"},
+}
 _SLUG_OF_STATUS: dict[int, ProblemSlug] = {400: "invalid-request", 404: "not-found", 413: "too-large"}
 
 log = structlog.get_logger()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
@@ -15,6 +15,10 @@ DatasetUri = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
 Metadata = dict[
     Annotated[str, StringConstraints(min_length=1, max_length=64)], Annotated[str, StringConstraints(max_length=512)]
 ]
+
+
+Priority = Literal["high", "normal", "low"]
+"""Among the jobs of one tenant; a low one waits for others, though not for more than a day."""
 
 
 class RecipeChoice(Contract):
@@ -63,6 +67,7 @@ class FinetuneRequest(Contract):
     recipe: RecipeChoice = DEFAULT_RECIPE
     max_pairs: Annotated[int, Field(ge=2, le=10_000)] | None = None
     split_seed: Seed = 0
+    priority: Priority = "normal"
     metadata: Metadata = {}
 
 
@@ -78,6 +83,7 @@ class GenerateRequest(Contract):
     masks: DatasetId | None = None
     backgrounds: DatasetId | None = None
     recipe: dict[str, Any] = {}
+    priority: Priority = "normal"
     metadata: Metadata = {}
 
 
@@ -104,6 +110,7 @@ class EvaluateRequest(Contract):
     seeds: Annotated[int, Field(ge=1, le=20)] = 4
     seed: Seed = 0
     recipe: RecipeChoice = DEFAULT_RECIPE
+    priority: Priority = "normal"
     metadata: Metadata = {}
 
     @property

@@ -219,7 +219,7 @@ def _wait_until_ready(stack: Stack, redis_url: str, inpainters: int) -> None:
     while time.monotonic() < deadline:
         for member in stack.dead:
             raise RuntimeError(f"{member.name} has ended:\n{member.log_tail()}")
-        serving = leases.snapshot().workers
+        serving = leases.workers()
         if all(serving.get(queue, 0) >= workers for queue, workers in wanted.items()) and _answers(stack):
             return
         time.sleep(0.1)

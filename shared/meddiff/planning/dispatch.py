@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 
 import structlog
+from redis import RedisError
 
 from meddiff.contracts.base import Stored
 from meddiff.contracts.jobs import End, Spec
-from meddiff.contracts.tasks import Queue, Task
-from meddiff.planning.leases import Leases, Snapshot
+from meddiff.contracts.tasks import QUEUE_OF, Queue, Task
+from meddiff.planning.leases import Leases
 from meddiff.planning.observe import observe, read_spec
 from meddiff.planning.plan import Ending, plan
+from meddiff.planning.turns import place
 from meddiff.store.keys import JobKeys, active, newest
-from meddiff.store.objects import NotFound, ObjectStore
+from meddiff.store.objects import NotFound, ObjectStore, StoreError
 
 Send = Callable[[Task], None]
 
 ACTIVE = "active/"
+QUEUES: tuple[Queue, ...] = tuple(sorted(set(QUEUE_OF.values())))
 # Tasks in flight for each live worker. Training segments are long and their order matters: the next is chosen when one
 # ends. The others are short, so one waits while one runs.
 DEPTH: dict[Queue, int] = {"datasets": 2, "training": 1, "masks": 2, "inpainting": 2, "quality": 2}
+SOON = 2.0  # Seconds after which a job is looked at again that waits for a worker to let go, or has met a fault.
 
 log = structlog.get_logger()
 
@@ -32,8 +36,41 @@ class Cancel(Stored):
     requested_at: datetime
 
 
-def advance(store: ObjectStore, leases: Leases, send: Send, tenant: str, job_id: str) -> None:
-    """Takes one job a step further: sends its due tasks as far as their queues have room, or ends it.
+def advance(
+    store: ObjectStore, leases: Leases, send: Send, tenant: str, job_id: str, freed: Collection[Queue] = ()
+) -> None:
+    """Takes one job a step further, or ends it; then fills the queues that it has something due in, and those of
+    ``freed``, with whatever is next there."""
+    due = _step(store, leases, tenant, job_id)
+    fill(store, leases, send, {task.queue for task in due} | set(freed), {(tenant, job_id): due})
+
+
+def fill(
+    store: ObjectStore,
+    leases: Leases,
+    send: Send,
+    queues: Collection[Queue],
+    planned: dict[tuple[str, str], tuple[Task, ...]] | None = None,
+) -> None:
+    """Sends to each queue, as far as it has room, what is due of the jobs whose turn it is; ``planned``: what is known
+    to be due."""
+    planned = {} if planned is None else planned
+    for queue in sorted(queues):
+        room = leases.room(queue, DEPTH[queue])
+        while room > 0 and (turn := leases.next_turn(queue)) is not None:
+            if turn not in planned:
+                planned[turn] = _step_or_nothing(store, leases, *turn)
+            task, more = leases.reserve([task for task in planned[turn] if task.queue == queue])
+            if not more:
+                leases.withdraw(*turn, queue)
+            if task is not None:
+                leases.charge(queue, task.tenant, leases.seconds_of(task.stage))
+                send(task)
+                room -= 1
+
+
+def _step(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> tuple[Task, ...]:
+    """Plans one job and ends it, starts its child jobs, or offers what is due, which is returned.
 
     A job that has ended, or never was, is dropped from the active ones.
     """
@@ -41,11 +78,11 @@ def advance(store: ObjectStore, leases: Leases, send: Send, tenant: str, job_id:
     try:
         spec = read_spec(store, tenant, job_id)
     except NotFound:
-        store.delete([active(tenant, job_id)])
-        return
+        _drop(store, leases, tenant, job_id)
+        return ()
     if store.exists(keys.end):
-        store.delete([active(tenant, job_id)])
-        return
+        _drop(store, leases, tenant, job_id)
+        return ()
     if spec.parent is not None and store.exists(JobKeys(tenant, spec.parent).end):
         cancel(store, tenant, job_id, datetime.now(UTC))
     observed = observe(store, leases, spec)
@@ -56,15 +93,38 @@ def advance(store: ObjectStore, leases: Leases, send: Send, tenant: str, job_id:
     if decision.ending is None:
         for child in decision.children:
             submit(store, child)
-        _send(leases, send, decision.due)
-        return
+        leases.offer(tenant, job_id, place(leases, spec), {task.queue for task in decision.due})
+        leases.look_later(tenant, job_id)
+        return decision.due
     for child_id in going_on:
         cancel(store, tenant, child_id, datetime.now(UTC))
-    if observed.cancelled and (going_on or leases.snapshot().runs(tenant, job_id)):
-        return
+    if observed.cancelled and (going_on or leases.runs(tenant, job_id)):
+        leases.withdraw(tenant, job_id)
+        leases.look_after(tenant, job_id, SOON)
+        return ()
     finish(store, spec, decision.ending)
+    leases.withdraw(tenant, job_id)
     if spec.parent is not None:
-        advance(store, leases, send, tenant, spec.parent)
+        leases.look_after(tenant, spec.parent, 0)
+    return ()
+
+
+def _step_or_nothing(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> tuple[Task, ...]:
+    """``_step``; a job that cannot be planned does not keep the others from it."""
+    try:
+        return _step(store, leases, tenant, job_id)
+    except (StoreError, RedisError):
+        raise
+    except Exception as error:
+        log.warning("job not planned", tenant=tenant, job=job_id, error=type(error).__name__)
+        leases.withdraw(tenant, job_id)
+        leases.look_later(tenant, job_id)
+        return ()
+
+
+def _drop(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> None:
+    store.delete([active(tenant, job_id)])
+    leases.withdraw(tenant, job_id)
 
 
 def submit(store: ObjectStore, spec: Spec) -> None:
@@ -98,35 +158,18 @@ def active_jobs(store: ObjectStore) -> list[tuple[str, str]]:
 
 
 def sweep(store: ObjectStore, leases: Leases, send: Send, token: str, seconds: float = 30.0) -> bool:
-    """Plans every active job again, in order of creation, if the holder of ``token`` leads; says whether it does.
+    """If the holder of ``token`` leads: plans the active jobs that nothing is known of, that were not looked at for
+    long, or whose tasks were lost, then fills every queue. Says whether it leads.
 
     One job's failure does not keep the others from being planned.
     """
     if not leases.lead(token, seconds):
         return False
-    for tenant, job_id in active_jobs(store):
+    lost = [job for queue in QUEUES for job in leases.expired(queue)]
+    unknown = leases.unknown(active_jobs(store))
+    for tenant, job_id in dict.fromkeys([*lost, *unknown, *leases.late()]):
         if not leases.lead(token, seconds):
             return False
-        try:
-            advance(store, leases, send, tenant, job_id)
-        except Exception as error:
-            log.warning("job not planned", tenant=tenant, job=job_id, error=type(error).__name__)
+        _step_or_nothing(store, leases, tenant, job_id)
+    fill(store, leases, send, QUEUES)
     return True
-
-
-def _send(leases: Leases, send: Send, due: Iterable[Task]) -> None:
-    snapshot = leases.snapshot()
-    room: dict[Queue, int] = {}
-    for task in due:
-        if task.queue not in room:
-            room[task.queue] = _room(leases, snapshot, task.queue)
-        if room[task.queue] > 0 and not snapshot.holds(task) and leases.reserve(task):
-            send(task)
-            room[task.queue] -= 1
-
-
-def _room(leases: Leases, snapshot: Snapshot, queue: Queue) -> int:
-    """How many tasks the queue takes now. The broker's list counts too, so that a task whose message waits longer than
-    its lease lasts is not sent over and over."""
-    limit = max(1, DEPTH[queue] * snapshot.workers.get(queue, 0))
-    return limit - max(snapshot.in_flight(queue), snapshot.running(queue) + leases.backlog(queue))

@@ -68,6 +68,7 @@ def finetunes(
             cases=split.train,
             recipe=spec.request.recipe,
             split_seed=derive(spec.request.seed, "generator", number),
+            priority=spec.request.priority,
             metadata=spec.request.metadata,
         )
         found.append(
@@ -108,7 +109,13 @@ def generates(
                 id=child_id(spec.id, "generate", number),
                 created_at=spec.created_at,
                 requested_by=spec.requested_by,
-                request=GenerateRequest(model=model_id, count=count, seed=seed, metadata=spec.request.metadata),
+                request=GenerateRequest(
+                    model=model_id,
+                    count=count,
+                    seed=seed,
+                    priority=spec.request.priority,
+                    metadata=spec.request.metadata,
+                ),
                 recipe=recipe,
                 model_id=model_id,
                 dataset_id=dataset_id,

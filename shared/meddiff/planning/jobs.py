@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Collection
 from datetime import datetime, timedelta
+from functools import lru_cache
 
 import redis
 
@@ -19,6 +21,7 @@ from meddiff.planning.progress import Measured, ended, snapshot
 from meddiff.store.keys import JobKeys
 from meddiff.store.objects import NotFound, ObjectStore
 
+LATELY = 2.0  # Seconds that a queue position may be old.
 RECENT = 3  # Markers of a stage that its speed is taken from.
 
 
@@ -37,6 +40,12 @@ def read_job(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> Jo
     return snapshot(spec, observed, _measure(store, leases, spec, observed))
 
 
+@lru_cache(maxsize=4)
+def _active_lately(store: ObjectStore, moment: int) -> list[tuple[str, str]]:
+    """The same within a moment: many ask for their position at once."""
+    return active_jobs(store)
+
+
 def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed) -> Measured:
     speeds = {
         stage: speed for stage, shards in _finished(observed).items() if (speed := _speed(store, spec, stage, shards))
@@ -44,13 +53,13 @@ def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed)
     started_at = _started_at(store, spec)
     position = None
     if not observed.done and not observed.tally.shards:
-        position = 1 + sum(job_id < spec.id for _, job_id in active_jobs(store))
+        position = 1 + sum(job_id < spec.id for _, job_id in _active_lately(store, int(time.monotonic() / LATELY)))
     try:
-        leased = leases.snapshot()
+        workers = leases.workers()
         live = leases.live(spec.tenant, spec.id)
-        running = leased.runs(spec.tenant, spec.id)
+        running = leases.runs(spec.tenant, spec.id)
         children = _children_seconds(store, leases, spec, observed) if isinstance(spec, EvaluateSpec) else 0.0
-        return Measured(speeds, live, running, leased.workers, position, started_at, children)
+        return Measured(speeds, live, running, workers, position, started_at, children)
     except redis.RedisError:
         return Measured(speeds, started_at=started_at, position=position)
 

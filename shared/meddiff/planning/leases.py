@@ -3,10 +3,8 @@ is sent again and nothing else happens."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import redis
 from pydantic import Field
@@ -14,26 +12,19 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
 from meddiff.contracts.base import Contract
-from meddiff.contracts.tasks import Queue, Stage, Task
+from meddiff.contracts.tasks import QUEUE_OF, Queue, Stage, Task
+from meddiff.planning import scripts
 from meddiff.planning.selection import Tally
 
-_SENT = "sent"  # A lease's value while its message waits in the queue; afterwards it is the token of who runs it.
 _HEARTBEAT_SECONDS = 10.0
 _KEEP_SECONDS = 3600
+_AT_ONCE = 500  # Members given to one script.
+_LOOK_SECONDS = 60.0
+_LOOKS_A_SECOND = 2.0
 
-# Takes or renews: the lease is mine if nobody runs the task, also where a flush has taken it from under me.
-_TAKE = """
-local holder = redis.call('GET', KEYS[1])
-if not holder or holder == ARGV[3] or holder == ARGV[1] then
-  redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-  return 1
-end
-return 0
-"""
-_RELEASE = """
-if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
-return 0
-"""
+
+Clock = Callable[[], float]
+T = TypeVar("T")
 
 
 class Live(Contract):
@@ -50,81 +41,164 @@ class Live(Contract):
     info: dict[str, float | int | str] = Field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Leases and workers at one moment. ``leases`` maps a task's lease key to its holder."""
-
-    leases: Mapping[str, str]
-    workers: Mapping[str, int]
-
-    def holds(self, task: Task) -> bool:
-        """Whether ``task`` waits in its queue or runs."""
-        return _lease(task) in self.leases
-
-    def in_flight(self, queue: Queue) -> int:
-        """Tasks of ``queue`` that wait in it or run."""
-        return sum(key.startswith(f"lease:{queue}:") for key in self.leases)
-
-    def running(self, queue: Queue) -> int:
-        """Tasks of ``queue`` that run."""
-        return sum(key.startswith(f"lease:{queue}:") and holder != _SENT for key, holder in self.leases.items())
-
-    def runs(self, tenant: str, job_id: str) -> bool:
-        """Whether a worker runs a task of this job."""
-        return any(f":{tenant}:{job_id}:" in key and holder != _SENT for key, holder in self.leases.items())
-
-
 class Leases:
-    """Leases, heartbeats, live progress and caches. A lease lasts ``seconds`` unless it is renewed.
+    """Leases, turns, heartbeats, live progress and caches. A lease lasts ``seconds`` unless it is renewed. ``weights``:
+    the shares of tenants whose share is not 1. ``clock`` (seconds) stands in for Redis's own where time is simulated.
 
     Every method raises ``redis.RedisError`` where Redis cannot be reached within the retry policy.
     """
 
-    def __init__(self, client: redis.Redis, seconds: float) -> None:
+    def __init__(
+        self, client: redis.Redis, seconds: float, weights: Mapping[str, float] = {}, clock: Clock | None = None
+    ) -> None:
         self.client = client
         self.seconds = seconds
+        self._weights = weights
+        self._clock = clock
 
     @classmethod
-    def connect(cls, url: str, seconds: float) -> Leases:
+    def connect(cls, url: str, seconds: float, weights: Mapping[str, float] = {}) -> Leases:
         """Over a client whose one retry policy is six tries within about five seconds."""
         retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries=6)
-        return cls(redis.Redis.from_url(url, retry=retry, socket_timeout=5, socket_connect_timeout=2), seconds)
+        client = redis.Redis.from_url(url, retry=retry, socket_timeout=5, socket_connect_timeout=2)
+        return cls(client, seconds, weights)
 
-    def reserve(self, task: Task) -> bool:
-        """Before ``task`` is sent: whether nobody else has sent it within the lease's time, or runs it."""
-        return bool(self.client.set(_lease(task), _SENT, nx=True, px=self._milliseconds))
+    # --------------------------------------------------------------------------------------------------------- tasks
+
+    def reserve(self, tasks: Sequence[Task]) -> tuple[Task | None, bool]:
+        """Before a task is sent: the first of ``tasks`` (of one queue) that neither waits in it nor runs, which counts
+        as sent from here on, and whether there are others like it."""
+        for some in _some_at_once(tasks):
+            keys = _queue_keys(some[0].queue)[:2]
+            place, free = self._run(scripts.RESERVE, keys, self._milliseconds, *map(_name, some))
+            if place:
+                return some[place - 1], free > 1 or some[-1] != tasks[-1]
+        return None, False
 
     def take(self, task: Task, token: str) -> bool:
         """Whether the holder of ``token`` is the one to run ``task``, now and for the lease's time.
 
         Taking again renews; ``False`` says that another worker runs it.
         """
-        return bool(self.client.eval(_TAKE, 1, _lease(task), token, str(self._milliseconds), _SENT))
+        return bool(self._run(scripts.TAKE, _task_keys(task), self._milliseconds, _name(task), token))
 
-    def release(self, task: Task, token: str = _SENT) -> None:
-        """The holder of ``token`` lets go; somebody else's lease stays."""
-        self.client.eval(_RELEASE, 1, _lease(task), token)
+    def release(self, task: Task, token: str = "") -> None:
+        """The holder of ``token`` lets go, without one whoever sent it; somebody else's lease stays."""
+        self._run(scripts.RELEASE, _task_keys(task), _name(task), token)
         self.client.hdel(_live(task.tenant, task.job_id), f"{task.stage}:{task.shard}")
 
-    def snapshot(self) -> Snapshot:
-        """Every lease and every live worker."""
-        keys = sorted(self._scan("lease:*"))
-        holders = self.client.mget(keys) if keys else []
-        workers = Counter(key.split(":")[1] for key in self._scan("worker:*"))
-        found = zip(keys, cast(list[bytes | None], holders), strict=True)
-        return Snapshot({key: holder.decode() for key, holder in found if holder is not None}, workers)
+    def expired(self, queue: Queue) -> list[tuple[str, str]]:
+        """(tenant, job id) of tasks whose lease has run out since this was last asked: their messages are lost, or who
+        ran them is gone."""
+        found = cast(list[bytes], self._run(scripts.EXPIRED, _queue_keys(queue)))
+        return sorted({(name[0], name[1]) for name in (task.decode().split("/") for task in found)})
+
+    def in_flight(self, queue: Queue) -> int:
+        """Tasks of ``queue`` that wait in it or run."""
+        return sum(self._count(f"sent:{queue}", f"running:{queue}"))
+
+    def running(self, queue: Queue) -> int:
+        """Tasks of ``queue`` that run."""
+        return self._count(f"running:{queue}")[0]
+
+    def runs(self, tenant: str, job_id: str) -> bool:
+        """Whether a worker runs a task of this job."""
+        return self._count(_running_of(tenant, job_id))[0] > 0
+
+    def holder(self, task: Task) -> str | None:
+        """The token of who runs ``task``, or ran it when its lease ran out."""
+        found = cast(bytes | None, self.client.hget(f"holders:{task.queue}", _name(task)))
+        return found.decode() if found is not None else None
+
+    def room(self, queue: Queue, depth: int) -> int:
+        """How many tasks the queue takes now: ``depth`` for each live worker, at least one in all. The broker's list
+        counts too, so that a task whose message waits longer than its lease lasts is not sent over and over."""
+        sent, running, workers = self._count(f"sent:{queue}", f"running:{queue}", f"workers:{queue}")
+        return max(1, depth * workers) - max(sent + running, running + self.backlog(queue))
 
     def backlog(self, queue: Queue) -> int:
         """Messages in the broker's list: a bound on sending again, never a source of truth."""
         return int(self.client.llen(queue))
 
+    # ----------------------------------------------------------------------------------------------------- planning
+
+    def look_after(self, tenant: str, job_id: str, seconds: float) -> None:
+        """The sweep plans the job again in so many seconds."""
+        self._run(scripts.UNTIL, ["look"], int(seconds * 1000), f"{tenant}/{job_id}")
+
+    def look_later(self, tenant: str, job_id: str) -> None:
+        """The sweep plans the job again in a minute, or in as long as it takes to do so two times a second."""
+        jobs = self.client.zcard("look")
+        self.look_after(tenant, job_id, max(_LOOK_SECONDS, jobs / _LOOKS_A_SECOND))
+
+    def unknown(self, jobs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Those of ``jobs`` (tenant, job id) that the sweep never planned, or that a flush took."""
+        found: list[tuple[str, str]] = []
+        for some in _some_at_once(jobs):
+            known = self.client.zmscore("look", ["/".join(job) for job in some])
+            found += [job for job, moment in zip(some, known, strict=True) if moment is None]
+        return found
+
+    def late(self) -> list[tuple[str, str]]:
+        """Jobs that the sweep is to plan now, the latest first."""
+        found = cast(list[bytes], self._run(scripts.LATE, ["look"]))
+        return [(job[0], job[1]) for job in (member.decode().split("/") for member in found)]
+
+    def lead(self, token: str, seconds: float) -> bool:
+        """Whether the holder of ``token`` leads the sweep for the next ``seconds``."""
+        return bool(self.client.eval(scripts.LEAD, 1, "leader:sweep", token, str(int(seconds * 1000))))
+
+    # -------------------------------------------------------------------------------------------------------- turns
+
+    def offer(self, tenant: str, job_id: str, place: float, queues: Iterable[Queue]) -> None:
+        """The job has something due in ``queues`` and in no other; ``place`` orders the jobs of a tenant."""
+        due = set(queues)
+        flags = [item for queue in _QUEUES for item in (queue, int(queue in due))]
+        self.client.eval(scripts.OFFER, 0, tenant, job_id, str(place), *flags)
+
+    def withdraw(self, tenant: str, job_id: str, queue: Queue | None = None) -> None:
+        """The job has nothing due in ``queue``; without one, it has ended."""
+        flags = [item for one in _QUEUES if queue in (None, one) for item in (one, 0)]
+        self.client.eval(scripts.OFFER, 0, tenant, job_id, "0", *flags)
+        if queue is None:
+            self.client.zrem("look", f"{tenant}/{job_id}")
+
+    def next_turn(self, queue: Queue) -> tuple[str, str] | None:
+        """(tenant, job id) of who is next in ``queue``: of the tenants with something due the one that has had least,
+        and of its jobs the first."""
+        found = cast(list[bytes], self.client.eval(scripts.NEXT, 0, queue))
+        return (found[0].decode(), found[1].decode()) if found else None
+
+    def charge(self, queue: Queue, tenant: str, seconds: float) -> None:
+        """The tenant has had so much more of ``queue``, divided by its weight. Who comes back after a pause starts
+        where the others are (start-time fair queueing, Goyal et al., 1996): time not asked for is not saved up."""
+        self.client.eval(scripts.CHARGE, 0, queue, tenant, str(seconds / self._weights.get(tenant, 1.0)))
+
+    # ------------------------------------------------------------------------------------------------------ workers
+
     def heartbeat(self, queue: Queue, worker: str) -> None:
         """``worker`` serves ``queue`` for the next seconds; to be repeated every few."""
-        self.client.set(f"worker:{queue}:{worker}", 1, px=int(_HEARTBEAT_SECONDS * 1000))
+        self._run(scripts.UNTIL, [f"workers:{queue}"], int(_HEARTBEAT_SECONDS * 1000), worker)
 
     def retire(self, queue: Queue, worker: str) -> None:
         """``worker`` serves ``queue`` no longer."""
-        self.client.delete(f"worker:{queue}:{worker}")
+        self.client.zrem(f"workers:{queue}", worker)
+
+    def workers(self) -> dict[Queue, int]:
+        """Live workers of every queue."""
+        return dict(zip(_QUEUES, self._count(*(f"workers:{queue}" for queue in _QUEUES)), strict=True))
+
+    def learn(self, stage: Stage, seconds: float) -> None:
+        """A task of ``stage`` took so long."""
+        known = cast(bytes | None, self.client.hget("seconds", stage))
+        self.client.hset("seconds", stage, str(seconds if known is None else 0.8 * float(known) + 0.2 * seconds))
+
+    def seconds_of(self, stage: Stage) -> float:
+        """How long a task of ``stage`` takes, lately; 1 where none has told."""
+        known = cast(bytes | None, self.client.hget("seconds", stage))
+        return 1.0 if known is None else max(float(known), 1e-3)
+
+    # ---------------------------------------------------------------------------------------------- progress, caches
 
     def report(self, task: Task, live: Live) -> None:
         """Leaves a running task's progress for whoever asks."""
@@ -146,20 +220,40 @@ class Leases:
         data = cast(bytes | None, self.client.get(f"tally:{tenant}:{job_id}"))
         return Tally() if data is None else Tally.from_bytes(data)
 
-    def lead(self, token: str, seconds: float) -> bool:
-        """Whether the holder of ``token`` leads the sweep for the next ``seconds``."""
-        return bool(self.client.eval(_TAKE, 1, "leader:sweep", token, str(int(seconds * 1000)), _SENT))
+    def _run(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:
+        now = "" if self._clock is None else str(int(self._clock() * 1000))
+        return self.client.eval(script, len(keys), *keys, now, *map(str, arguments))
 
-    def _scan(self, pattern: str) -> Iterator[str]:
-        return (cast(bytes, key).decode() for key in self.client.scan_iter(pattern, count=1000))
+    def _count(self, *keys: str) -> list[int]:
+        return cast(list[int], self._run(scripts.COUNT, keys))
 
     @property
     def _milliseconds(self) -> int:
         return int(self.seconds * 1000)
 
 
-def _lease(task: Task) -> str:
-    return f"lease:{task.queue}:{task.tenant}:{task.job_id}:{task.stage}:{task.shard}"
+_QUEUES: tuple[Queue, ...] = tuple(sorted(set(QUEUE_OF.values())))
+
+
+def _some_at_once(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), _AT_ONCE):
+        yield items[start : start + _AT_ONCE]
+
+
+def _name(task: Task) -> str:
+    return f"{task.tenant}/{task.job_id}/{task.stage}/{task.shard}"
+
+
+def _queue_keys(queue: Queue) -> list[str]:
+    return [f"sent:{queue}", f"running:{queue}", f"holders:{queue}"]
+
+
+def _task_keys(task: Task) -> list[str]:
+    return [*_queue_keys(task.queue), _running_of(task.tenant, task.job_id)]
+
+
+def _running_of(tenant: str, job_id: str) -> str:
+    return f"running-of:{tenant}/{job_id}"
 
 
 def _live(tenant: str, job_id: str) -> str:

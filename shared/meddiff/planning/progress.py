@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from meddiff.contracts.jobs import End, EvaluateSpec, FinetuneSpec, GenerateSpec, Job, Progress, Spec, Status
-from meddiff.contracts.tasks import QUEUE_OF, Stage
+from meddiff.contracts.tasks import QUEUE_OF, Queue, Stage
 from meddiff.planning import evaluation
 from meddiff.planning.leases import Live
 from meddiff.planning.plan import Observed, finetune_steps, plan, segment_range
@@ -33,7 +33,7 @@ class Measured:
     speeds: Mapping[Stage, float] = field(default_factory=dict)
     live: Collection[Live] = ()
     running: bool = False
-    workers: Mapping[str, int] = field(default_factory=dict)
+    workers: Mapping[Queue, int] = field(default_factory=dict)
     position: int | None = None
     started_at: datetime | None = None
     children_seconds: float | None = 0.0

@@ -1,0 +1,101 @@
+"""Whose turn it is: tenants by what they have had, a tenant's jobs by their place. On a real Redis."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from jobspecs import finetune, generate
+from meddiff.contracts.requests import Priority
+from meddiff.planning.leases import Leases
+from meddiff.planning.turns import place
+from meddiff.settings import Settings
+
+
+@pytest.fixture
+def leases(settings: Settings) -> Leases:
+    return Leases.connect(settings.redis_url, 60, weights={"heavy": 3.0})
+
+
+def served(leases: Leases, turns: int, seconds: dict[str, float] | None = None) -> Counter[str]:
+    """Seconds that each tenant gets of so many turns, a turn of each as long as told."""
+    had: Counter[str] = Counter()
+    for _ in range(turns):
+        turn = leases.next_turn("masks")
+        assert turn is not None
+        taken = (seconds or {}).get(turn[0], 1.0)
+        leases.charge("masks", turn[0], taken)
+        had[turn[0]] += taken
+    return had
+
+
+def test_tenants_have_equal_shares_however_many_jobs_each_has(leases: Leases) -> None:
+    for n in range(20):
+        leases.offer("many", f"job{n}", n, {"masks"})
+    leases.offer("few", "job", 0, {"masks"})
+    assert served(leases, 100) == {"many": 50, "few": 50}
+
+
+def test_shares_are_of_time_and_weighed(leases: Leases) -> None:
+    for tenant in ("heavy", "light", "slow"):
+        leases.offer(tenant, "job", 0, {"masks"})
+    had = served(leases, 600, {"slow": 10.0})
+    assert had["heavy"] == pytest.approx(3 * had["light"], rel=0.1)
+    assert had["slow"] == pytest.approx(had["light"], rel=0.2)
+
+
+def test_time_not_asked_for_is_not_saved_up(leases: Leases) -> None:
+    leases.offer("early", "job", 0, {"masks"})
+    served(leases, 50)
+    leases.offer("late", "job", 0, {"masks"})
+    assert served(leases, 20) == {"early": 10, "late": 10}
+
+
+def test_who_comes_back_quickly_has_not_lost_count(leases: Leases) -> None:
+    """A job with one task at a time leaves the queue at each turn and returns."""
+    leases.offer("wide", "job", 0, {"masks"})
+    had: Counter[str] = Counter()
+    for _ in range(40):
+        leases.offer("narrow", "job", 0, {"masks"})
+        turn = leases.next_turn("masks")
+        assert turn is not None
+        leases.charge("masks", turn[0], 1.0)
+        had[turn[0]] += 1
+        if turn[0] == "narrow":
+            leases.withdraw("narrow", "job", "masks")
+    assert had == {"wide": 20, "narrow": 20}
+
+
+def test_of_a_tenants_jobs_the_one_with_the_first_place_is_next(leases: Leases) -> None:
+    leases.offer("a", "second", 2.0, {"masks", "quality"})
+    leases.offer("a", "first", 1.0, {"masks"})
+    assert leases.next_turn("masks") == ("a", "first")
+    assert leases.next_turn("quality") == ("a", "second")
+    leases.withdraw("a", "first", "masks")
+    assert leases.next_turn("masks") == ("a", "second")
+    leases.offer("a", "second", 2.0, {"quality"})
+    assert leases.next_turn("masks") is None
+    leases.withdraw("a", "second")
+    assert leases.next_turn("quality") is None
+
+
+def test_a_short_job_passes_a_long_one_and_equal_ones_keep_their_order(leases: Leases) -> None:
+    for stage, seconds in (("inpainter", 60.0), ("inpainting", 8.0)):
+        leases.learn(stage, seconds)  # type: ignore[arg-type]
+    long, short = generate(10_000), generate(8)
+    hours_later = short.model_copy(update={"created_at": short.created_at.replace(hour=2)})
+    next_day = short.model_copy(update={"created_at": short.created_at.replace(day=3)})
+    assert place(leases, hours_later) < place(leases, long) < place(leases, next_day)
+    assert place(leases, finetune()) == place(leases, finetune())
+
+
+@pytest.mark.parametrize(("sooner", "later"), [("high", "normal"), ("normal", "low")])
+def test_priority_is_a_head_start_and_no_more(leases: Leases, sooner: Priority, later: Priority) -> None:
+    def asked(priority: Priority, day: int, minute: int) -> float:
+        spec = generate(8)
+        request = spec.request.model_copy(update={"priority": priority})
+        created = spec.created_at.replace(day=day, minute=minute)
+        return place(leases, spec.model_copy(update={"request": request, "created_at": created}))
+
+    assert asked(sooner, 1, 59) < asked(later, 1, 0)
+    assert asked(sooner, 3, 0) > asked(later, 1, 0)
