@@ -313,8 +313,8 @@ def test_what_ran_out_is_told_once(settings: Settings, leases: Leases) -> None:
     brief.reserve([sent])
     brief.take(run, "a")
     _wait(lambda: leases.in_flight("masks") == 0)
-    assert leases.expired("masks") == [("local", JOBS[0]), ("local", JOBS[1])]
-    assert leases.expired("masks") == []
+    assert leases.expired() == [("local", JOBS[0]), ("local", JOBS[1])]
+    assert leases.expired() == []
     assert leases.reserve([sent]) == (sent, False)
 
 

@@ -10,7 +10,7 @@ from redis import RedisError
 
 from meddiff.contracts.base import Stored
 from meddiff.contracts.jobs import End, Spec
-from meddiff.contracts.tasks import QUEUE_OF, Queue, Task
+from meddiff.contracts.tasks import Queue, Task
 from meddiff.planning.leases import Leases
 from meddiff.planning.observe import observe, read_spec
 from meddiff.planning.plan import Ending, plan
@@ -21,7 +21,6 @@ from meddiff.store.objects import NotFound, ObjectStore, StoreError
 Send = Callable[[Task], None]
 
 ACTIVE = "active/"
-QUEUES: tuple[Queue, ...] = tuple(sorted(set(QUEUE_OF.values())))
 # Tasks in flight for each live worker. Training segments are long and their order matters: the next is chosen when one
 # ends. The others are short, so one waits while one runs.
 DEPTH: dict[Queue, int] = {"datasets": 2, "training": 1, "masks": 2, "inpainting": 2, "quality": 2}
@@ -55,8 +54,7 @@ def fill(
     """Sends to each queue, as far as it has room, what is due of the jobs whose turn it is; ``planned``: what is known
     to be due."""
     planned = {} if planned is None else planned
-    for queue in sorted(queues):
-        room = leases.room(queue, DEPTH[queue])
+    for queue, room in leases.rooms({queue: DEPTH[queue] for queue in sorted(queues)}).items():
         while room > 0 and (turn := leases.next_turn(queue)) is not None:
             if turn not in planned:
                 planned[turn] = _step_or_nothing(store, leases, *turn)
@@ -165,11 +163,10 @@ def sweep(store: ObjectStore, leases: Leases, send: Send, token: str, seconds: f
     """
     if not leases.lead(token, seconds):
         return False
-    lost = [job for queue in QUEUES for job in leases.expired(queue)]
     unknown = leases.unknown(active_jobs(store))
-    for tenant, job_id in dict.fromkeys([*lost, *unknown, *leases.late()]):
+    for tenant, job_id in dict.fromkeys([*leases.expired(), *unknown, *leases.late()]):
         if not leases.lead(token, seconds):
             return False
         _step_or_nothing(store, leases, tenant, job_id)
-    fill(store, leases, send, QUEUES)
+    fill(store, leases, send, DEPTH)
     return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Collection
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 
 import redis
@@ -25,8 +25,10 @@ LATELY = 2.0  # Seconds that a queue position may be old.
 RECENT = 3  # Markers of a stage that its speed is taken from.
 
 
-def read_job(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> Job:
-    """The job as it stands. Raises ``NotFound``. Without Redis it is told without live progress and position."""
+def read_job(
+    store: ObjectStore, leases: Leases, tenant: str, job_id: str, now: datetime | None = None
+) -> Job:  # fmt: skip
+    """The job as it stands ``now``, without Redis without live progress and position. Raises ``NotFound``."""
     spec = read_spec(store, tenant, job_id)
     keys = JobKeys(tenant, job_id)
     try:
@@ -37,7 +39,7 @@ def read_job(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> Jo
         observed = observe(store, leases, spec)
     except redis.RedisError:
         observed = observe(store, None, spec)
-    return snapshot(spec, observed, _measure(store, leases, spec, observed))
+    return snapshot(spec, observed, _measure(store, leases, spec, observed, now or datetime.now(UTC)))
 
 
 @lru_cache(maxsize=4)
@@ -46,22 +48,23 @@ def _active_lately(store: ObjectStore, moment: int) -> list[tuple[str, str]]:
     return active_jobs(store)
 
 
-def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed) -> Measured:
+def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed, now: datetime) -> Measured:
     speeds = {
         stage: speed for stage, shards in _finished(observed).items() if (speed := _speed(store, spec, stage, shards))
     }
     started_at = _started_at(store, spec)
+    elapsed = (now - started_at).total_seconds() if started_at is not None else 0.0
     position = None
     if not observed.done and not observed.tally.shards:
         position = 1 + sum(job_id < spec.id for _, job_id in _active_lately(store, int(time.monotonic() / LATELY)))
     try:
         workers = leases.workers()
         live = leases.live(spec.tenant, spec.id)
-        running = leases.runs(spec.tenant, spec.id)
+        running = leases.running_of(spec.tenant, spec.id)
         children = _children_seconds(store, leases, spec, observed) if isinstance(spec, EvaluateSpec) else 0.0
-        return Measured(speeds, live, running, workers, position, started_at, children)
+        return Measured(speeds, live, running, elapsed, workers, position, started_at, children)
     except redis.RedisError:
-        return Measured(speeds, started_at=started_at, position=position)
+        return Measured(speeds, elapsed=elapsed, started_at=started_at, position=position)
 
 
 def _children_seconds(store: ObjectStore, leases: Leases, spec: EvaluateSpec, observed: Observed) -> float | None:

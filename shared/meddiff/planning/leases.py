@@ -87,10 +87,10 @@ class Leases:
         self._run(scripts.RELEASE, _task_keys(task), _name(task), token)
         self.client.hdel(_live(task.tenant, task.job_id), f"{task.stage}:{task.shard}")
 
-    def expired(self, queue: Queue) -> list[tuple[str, str]]:
+    def expired(self) -> list[tuple[str, str]]:
         """(tenant, job id) of tasks whose lease has run out since this was last asked: their messages are lost, or who
         ran them is gone."""
-        found = cast(list[bytes], self._run(scripts.EXPIRED, _queue_keys(queue)))
+        found = cast(list[bytes], self._run(scripts.EXPIRED, (), *_QUEUES))
         return sorted({(name[0], name[1]) for name in (task.decode().split("/") for task in found)})
 
     def in_flight(self, queue: Queue) -> int:
@@ -105,16 +105,23 @@ class Leases:
         """Whether a worker runs a task of this job."""
         return self._count(_running_of(tenant, job_id))[0] > 0
 
+    def running_of(self, tenant: str, job_id: str) -> list[tuple[Stage, int]]:
+        """Stage and shard of the job's tasks that run."""
+        found = cast(list[bytes], self._run(scripts.BEYOND, [_running_of(tenant, job_id)]))
+        names = (task.decode().split("/") for task in found)
+        return [(cast(Stage, stage), int(shard)) for _, _, stage, shard in names]
+
     def holder(self, task: Task) -> str | None:
         """The token of who runs ``task``, or ran it when its lease ran out."""
         found = cast(bytes | None, self.client.hget(f"holders:{task.queue}", _name(task)))
         return found.decode() if found is not None else None
 
-    def room(self, queue: Queue, depth: int) -> int:
-        """How many tasks the queue takes now: ``depth`` for each live worker, at least one in all. The broker's list
-        counts too, so that a task whose message waits longer than its lease lasts is not sent over and over."""
-        sent, running, workers = self._count(f"sent:{queue}", f"running:{queue}", f"workers:{queue}")
-        return max(1, depth * workers) - max(sent + running, running + self.backlog(queue))
+    def rooms(self, depths: Mapping[Queue, int]) -> dict[Queue, int]:
+        """How many tasks each queue takes now: its depth for each live worker, at least one in all, and none where
+        nobody has anything due. The broker's list counts too, so that a task whose message waits longer than its lease
+        lasts is not sent over and over."""
+        pairs = [item for pair in depths.items() for item in pair]
+        return dict(zip(depths, cast(list[int], self._run(scripts.ROOMS, (), *pairs)), strict=True))
 
     def backlog(self, queue: Queue) -> int:
         """Messages in the broker's list: a bound on sending again, never a source of truth."""
@@ -146,7 +153,7 @@ class Leases:
 
     def lead(self, token: str, seconds: float) -> bool:
         """Whether the holder of ``token`` leads the sweep for the next ``seconds``."""
-        return bool(self.client.eval(scripts.LEAD, 1, "leader:sweep", token, str(int(seconds * 1000))))
+        return bool(self._run(scripts.LEAD, ["leader:sweep"], int(seconds * 1000), token))
 
     # -------------------------------------------------------------------------------------------------------- turns
 

@@ -20,19 +20,22 @@ PRIOR: dict[Stage, float] = {
     "calibrate": 1.0, "publish": 10.0, "masks": 0.2, "inpainting": 1.0, "quality": 0.2, "manifest": 0.1,
     "split": 0.2, "stop": 2.0, "segmenter": 1.0, "report": 0.5,
 }  # fmt: skip
+PACE_FROM = 0.03  # The share of a job's work that has to be behind it before its pace means something.
 TRAINING: tuple[Stage, ...] = ("inpainter", "repair", "mask_generator")
 
 
 @dataclass(frozen=True)
 class Measured:
     """What is known beyond the plan's inputs. ``speeds``: seconds for a unit by stage, from markers; ``live``: running
-    tasks' own words; ``running``: whether any worker holds a lease of the job; ``workers``: live ones by queue;
+    tasks' own words; ``running``: tasks of the job that a worker holds a lease of; ``elapsed``: seconds since
+    ``started_at``; ``workers``: live ones by queue;
     ``position``: 1 for the first of the jobs that have not ended; ``children_seconds``: what the child jobs of an
     evaluation will still take, None where nothing tells yet."""
 
     speeds: Mapping[Stage, float] = field(default_factory=dict)
     live: Collection[Live] = ()
-    running: bool = False
+    running: Collection[tuple[Stage, int]] = ()
+    elapsed: float = 0.0
     workers: Mapping[Queue, int] = field(default_factory=dict)
     position: int | None = None
     started_at: datetime | None = None
@@ -56,7 +59,7 @@ def ended(spec: Spec, end: End, started_at: datetime | None) -> Job:
 
 def snapshot(spec: Spec, observed: Observed, measured: Measured) -> Job:
     """The job before its end. ``eta_seconds`` is absent until a speed has been measured."""
-    started = bool(observed.done) or observed.tally.shards > 0 or measured.running
+    started = bool(observed.done) or observed.tally.shards > 0 or bool(measured.running)
     due = plan(spec, observed).due
     stage = due[0].stage if due else "generators" if observed.children else None
     status: Status = "running"
@@ -73,7 +76,7 @@ def snapshot(spec: Spec, observed: Observed, measured: Measured) -> Job:
         status=status,
         stage=stage,
         progress=Progress(done=_done(spec, observed, measured.live), total=_total(spec, observed), unit=_unit(spec)),
-        eta_seconds=_eta(spec, remaining, speeds, measured) if speeds and started else None,
+        eta_seconds=_eta(spec, remaining, speeds, measured, observed) if speeds and started else None,
         queue_position=measured.position if status == "queued" else None,
         started_at=measured.started_at,
     )
@@ -195,25 +198,57 @@ def _speeds(measured: Measured) -> dict[Stage, float]:
 
 
 def _eta(
-    spec: Spec, remaining: Mapping[Stage, float], speeds: Mapping[Stage, float], measured: Measured
+    spec: Spec, remaining: Mapping[Stage, float], speeds: Mapping[Stage, float], measured: Measured, observed: Observed
 ) -> float | None:
-    """Seconds until the end. A fine-tune's stages follow one another; a generate job's overlap, so that the slowest
-    decides, its queue's workers sharing it; an evaluation's segmenters train beside its child jobs."""
+    """Seconds until the end: what is left of the job's work, at the pace of what is behind it, which tells how many
+    workers it has and whom it shares them with. Until enough is behind it: a fine-tune's stages follow one another; a
+    generate job's overlap, so that the slowest decides. An evaluation's segmenters train beside its child jobs."""
     unit = sum(speeds[stage] / PRIOR[stage] for stage in speeds) / len(speeds)
-    within: dict[Stage, float] = {}
-    for one in measured.live:
-        if isinstance(spec, FinetuneSpec) and one.stage in TRAINING:
-            within[one.stage] = _within(spec, one)
+    begun = _begun(spec, measured)
     seconds = {
-        stage: max(0.0, units - within.get(stage, 0.0)) * speeds.get(stage, unit * PRIOR[stage])
+        stage: max(0.0, units - begun.get(stage, 0.0)) * speeds.get(stage, unit * PRIOR[stage])
         for stage, units in remaining.items()
     }
-    if isinstance(spec, FinetuneSpec):
-        return round(sum(seconds.values()), 1)
+    left = sum(seconds.values())
     if isinstance(spec, EvaluateSpec):
         if measured.children_seconds is None:
             return None
         trainers = max(1, measured.workers.get("training", 0))
-        return round((sum(seconds.values()) + measured.children_seconds) / trainers, 1)
+        return round((left + measured.children_seconds) / trainers, 1)
+    whole = _whole(spec, observed)
+    behind = sum(units * speeds.get(stage, unit * PRIOR[stage]) for stage, units in whole.items()) - left
+    if measured.elapsed > 0 and behind >= PACE_FROM * (behind + left):
+        return round(left * measured.elapsed / behind, 1)
+    if isinstance(spec, FinetuneSpec):
+        return round(left, 1)
     shared = {stage: s / max(1, measured.workers.get(QUEUE_OF[stage], 0)) for stage, s in seconds.items()}
     return round(max(shared.values()) + seconds["manifest"], 1)
+
+
+def _begun(spec: Spec, measured: Measured) -> dict[Stage, float]:
+    """Units that running tasks have behind them: as they tell, else half of them."""
+    told = {(one.stage, one.shard): one for one in measured.live}
+    begun: dict[Stage, float] = {}
+    for stage, shard in measured.running:
+        units = 0.0
+        if isinstance(spec, FinetuneSpec) and stage in TRAINING:
+            one = told.get((stage, shard))
+            units = _segments(spec, stage, [shard]) / 2 if one is None else _within(spec, one)
+        elif isinstance(spec, GenerateSpec) and stage != "manifest":
+            units = spec.recipe.work.shard_size / 2
+        begun[stage] = begun.get(stage, 0.0) + units
+    return begun
+
+
+def _whole(spec: FinetuneSpec | GenerateSpec, observed: Observed) -> dict[Stage, float]:
+    """Units of the whole job, by stage."""
+    if isinstance(spec, FinetuneSpec):
+        return _remaining(spec, Observed(imported=observed.imported))
+    shards = wanted(observed.tally, spec)
+    size = spec.recipe.work.shard_size
+    return {
+        "masks": shards * size,
+        "inpainting": shards * size,
+        "quality": shards * size,
+        "manifest": spec.request.count,
+    }

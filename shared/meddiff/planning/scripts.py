@@ -5,7 +5,8 @@ Keys, of which each may vanish at any moment: ``sent:{queue}`` and ``running:{qu
 ends), ``holders:{queue}`` (who runs a task), ``running-of:{tenant}/{job}``, ``workers:{queue}`` (by the moment they
 count as gone), ``turns:{queue}`` (tenants with something due, by how much they have had) and ``turns:{queue}:{tenant}``
 (their jobs, the next one first), ``had:{queue}`` and ``now:{queue}`` (the same of tenants that have nothing due, and of
-the one served last), ``look`` (jobs by the moment they are to be planned again).
+the one served last), ``look`` (jobs by the moment they are to be planned again),
+``leader:sweep`` (who leads, by the moment that ends).
 """
 
 from __future__ import annotations
@@ -65,16 +66,37 @@ return 1
 """
 )
 
-EXPIRED = (  # KEYS sent, running, holders; ARGV now: tasks whose lease has run out, forgotten from here on
+EXPIRED = (  # ARGV now, queue…: tasks whose lease has run out, forgotten from here on
     _NOW
     + """
 local found = {}
-for _, key in ipairs({KEYS[1], KEYS[2]}) do
-  for _, task in ipairs(redis.call('ZRANGEBYSCORE', key, '-inf', now)) do
-    redis.call('ZREM', key, task)
-    redis.call('HDEL', KEYS[3], task)
-    table.insert(found, task)
+for n = 2, #ARGV do
+  for _, kind in ipairs({'sent:', 'running:'}) do
+    local key = kind .. ARGV[n]
+    for _, task in ipairs(redis.call('ZRANGEBYSCORE', key, '-inf', now)) do
+      redis.call('ZREM', key, task)
+      redis.call('HDEL', 'holders:' .. ARGV[n], task)
+      table.insert(found, task)
+    end
   end
+end
+return found
+"""
+)
+
+ROOMS = (  # ARGV now, then queue and depth of each: how many more tasks it takes; none where nobody has anything due
+    _NOW
+    + """
+local found = {}
+for n = 2, #ARGV, 2 do
+  local queue, room = ARGV[n], 0
+  if redis.call('EXISTS', 'turns:' .. queue) == 1 then
+    local function count(kind) return redis.call('ZCOUNT', kind .. queue, '(' .. now, '+inf') end
+    local running = count('running:')
+    local waiting = math.max(count('sent:'), redis.call('LLEN', queue))
+    room = math.max(1, ARGV[n + 1] * count('workers:')) - running - waiting
+  end
+  table.insert(found, room)
 end
 return found
 """
@@ -86,6 +108,13 @@ COUNT = (  # KEYS any sorted sets; ARGV now: how many members of each are beyond
 local found = {}
 for n, key in ipairs(KEYS) do found[n] = redis.call('ZCOUNT', key, '(' .. now, '+inf') end
 return found
+"""
+)
+
+BEYOND = (  # KEYS a sorted set; ARGV now: its members beyond now
+    _NOW
+    + """
+return redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. now, '+inf')
 """
 )
 
@@ -103,11 +132,13 @@ return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
 """
 )
 
-LEAD = (  # KEYS the leader; ARGV token, milliseconds: whether the token leads for so long
-    """
-local leader = redis.call('GET', KEYS[1])
-if leader and leader ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+LEAD = (  # KEYS the leader; ARGV now, milliseconds, token: whether the token leads for so long
+    _NOW
+    + """
+local leader = redis.call('ZRANGE', KEYS[1], 0, 0)[1]
+if leader and leader ~= ARGV[3] and lasts(KEYS[1], leader) then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[3])
 return 1
 """
 )
