@@ -122,6 +122,10 @@ class Work:
         """Tells how far the task is, at most once a second; whether anyone hears it makes no difference. Raises
         ``Stopped`` where the task is to let go."""
         self.raise_if_stopped()
+        self.tell(done, total, unit, **info)
+
+    def tell(self, done: int, total: int, unit: str, **info: float | int | str) -> None:
+        """``progress`` of a stage that asks ``should_stop`` by itself, for it has something to leave behind."""
         now = time.monotonic()
         if now - self._reported < REPORT_SECONDS:
             return
@@ -134,6 +138,11 @@ class Work:
             self._leases.report(self._task, live)
         except RedisError:
             self.log.debug("progress not reported")
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the worker was asked to leave while the task is still its own."""
+        return _leaving[0] != 0 and not self._lease.lost and not self._ended
 
     def should_stop(self) -> bool:
         """Whether to let go at this step; cheap enough to be asked at every one. The store is asked once a second."""

@@ -20,6 +20,7 @@ from meddiff.science import foundation as foundations
 from meddiff.science.training import StepLog, TrainingState
 from meddiff.seeds import derive
 from meddiff.store.keys import ModelKeys, model_name
+from meddiff.store.objects import NotFound
 from safetensors.torch import load_file, save_file
 
 from meddiff_services.cases import finetuning_recipe, imported, load, training_cases
@@ -76,22 +77,26 @@ def _cached(work: Work) -> dict[str, torch.Tensor]:
 
 
 def _segment(work: Work, part: Stage, steps: int, segment_steps: int, train: Train) -> tuple[TrainingState, Outcome]:
-    """Train steps [start, stop) of ``part`` from the checkpoint before it, and leave the next one."""
+    """Train steps [start, stop) of ``part`` from the newest checkpoint before ``stop``, and leave the next one. A
+    worker that is asked to leave within it leaves a checkpoint of where it is."""
     torch.set_num_threads(work.spec.recipe.work.training_threads)
     start = work.shard * segment_steps
     stop = min(start + segment_steps, steps)
-    log: list[StepLog] = []
+    begun = _newest_checkpoint(work, part, range(start, stop))
+    log = [entry for entry in _stored_log(work, part) if entry.step <= begun] if begun > start else []
 
     def on_step(entry: StepLog) -> None:
         log.append(entry)
         lately = float(np.median([one.seconds for one in log[-LATELY:]]))
-        work.progress(entry.step, steps, "steps", loss=entry.loss, learning_rate=entry.learning_rate, seconds=lately)
+        work.tell(entry.step, steps, "steps", loss=entry.loss, learning_rate=entry.learning_rate, seconds=lately)
 
-    state = train(_load_checkpoint(work, part, start) if start else None, stop, on_step)
+    state = train(_load_checkpoint(work, part, begun) if begun else None, stop, on_step)
+    if state.step == stop or (work.leaving and state.step > begun):
+        work.store.put(work.keys.training_log(part, work.shard), _log_lines(log), "application/x-ndjson")
+        _save_checkpoint(work, part, state)
     if state.step != stop:
+        work.log.info("segment left", part=part, step=state.step, of=stop)
         raise Stopped
-    _save_checkpoint(work, part, state)
-    work.store.put(work.keys.training_log(part, work.shard), _log_lines(log), "application/x-ndjson")
     losses = [entry.loss for entry in log]
     work.log.info(
         "segment trained",
@@ -108,12 +113,26 @@ def _segment(work: Work, part: Stage, steps: int, segment_steps: int, train: Tra
 Train = Callable[[TrainingState | None, int, Callable[[StepLog], None]], TrainingState]
 
 
+def _stored_log(work: Work, part: Stage) -> list[StepLog]:
+    try:
+        lines = work.store.get(work.keys.training_log(part, work.shard)).splitlines()
+    except NotFound:
+        return []
+    return [StepLog(**json.loads(line)) for line in lines]
+
+
 def _log_lines(log: list[StepLog]) -> bytes:
     return b"".join(json.dumps(vars(entry)).encode() + b"\n" for entry in log)
 
 
 def _checkpoint_file(work: Work, part: Stage, step: int) -> Path:
     return work.scratch / f"{part}.{step:08d}.safetensors"
+
+
+def _newest_checkpoint(work: Work, part: Stage, steps: range) -> int:
+    """The step to go on from: of the checkpoints within ``steps`` the newest, else the first step."""
+    stored = [int(step) for step in work.store.children(work.keys.checkpoints(part))]
+    return max([steps.start, *(step for step in stored if step in steps)])
 
 
 def _load_checkpoint(work: Work, part: Stage, step: int) -> TrainingState:
