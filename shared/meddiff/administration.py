@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,6 +76,33 @@ def revoke(key_id: Annotated[str, typer.Argument(metavar="ID", help="As the list
             typer.echo("there is no key of that id", err=True)
             raise typer.Exit(1) from None
     typer.echo(f"revoked: {key_id}")
+
+
+@admin.command()
+def fsck(
+    repair: Annotated[bool, typer.Option("--repair", help="Remove what nothing needs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every manifest against its pictures' bytes, and list what no job, model or dataset owns.
+
+    Ends with 1 where something is missing or altered, or where orphans are left.
+    """
+    from meddiff import housekeeping
+
+    with _store() as store:
+        now, verified = datetime.now(UTC), housekeeping.Verified()
+        found = list(housekeeping.fsck(store, now, verified))
+        removed = housekeeping.tidy(store, now) if repair else 0
+    counts = Counter(finding.kind for finding in found)
+    if as_json:
+        whole = {"manifests": verified.manifests, "pictures": verified.pictures, "removed": removed}
+        typer.echo(json.dumps(whole | {"findings": [asdict(finding) for finding in found]}, indent=2))
+    else:
+        for finding in found:
+            typer.echo(f"{finding.kind}: {finding.key} ({finding.why})")
+        sums = ", ".join(f"{counts[kind]} {kind}" for kind in ("missing", "altered", "orphan", "unknown"))
+        typer.echo(f"{verified.manifests} manifests, {verified.pictures} pictures: {sums}; {removed} removed")
+    raise typer.Exit(1 if counts["missing"] or counts["altered"] or (counts["orphan"] and not repair) else 0)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ class Settings(BaseSettings):
     max_active_jobs: int = Field(1000, ge=1, description="jobs that may be unfinished at once, of all tenants")
     max_tenant_jobs: int = Field(200, ge=1, description="jobs that one tenant may have unfinished at once")
     sweep_seconds: float = Field(2.0, gt=0, description="how often active jobs are planned again")
+    tidy_seconds: float = Field(3600.0, gt=0, description="how often what nothing needs is removed from the store")
     lease_seconds: float = Field(60.0, gt=0, description="how long a dispatched or running task holds its lease")
     task_seconds: int = Field(10_800, ge=1, description="how long a task may take before its process is ended")
     visibility_timeout: int = Field(

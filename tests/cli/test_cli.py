@@ -199,3 +199,21 @@ def test_keys_are_made_used_listed_and_revoked(gateway: Gateway, tmp_path: Path)
         assert [key["revoked_at"] is not None for key in listed if key["id"] == made["key"]["id"]] == [True]
         assert run("admin", "keys", "revoke", "0" * 16).exit_code == 1
         assert run("admin", "keys", "create", "--tenant", "A/B", "--role", "reader").exit_code == 1
+
+
+def test_fsck_names_what_is_wrong_and_repairs_what_is_left_over(gateway: Gateway) -> None:
+    made = put_generated(gateway.store, gateway.tenant)
+    surplus = JobKeys(gateway.tenant, made.spec.id).candidate(99, "image")
+    gateway.store.put(surplus, b"x")
+
+    def fsck(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["admin", "fsck", *arguments], env=variables(gateway.settings))
+
+    told = fsck()
+    assert (told.exit_code, f"orphan: {surplus}" in told.stdout) == (1, True)
+    assert fsck("--repair").exit_code == 0
+    told = fsck("--json")
+    assert [finding for finding in json.loads(told.stdout)["findings"] if finding["key"] == surplus] == []
+    gateway.store.put(made.manifest.pairs[0].label.key, b"other")
+    told = fsck()
+    assert (told.exit_code, "altered: " in told.stdout) == (1, True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
+from datetime import UTC, datetime
 
 import structlog
+from meddiff import housekeeping
 from meddiff.planning import dispatch
 from meddiff.store.objects import StoreError
 
@@ -20,13 +23,25 @@ def run(here: Backends, metrics: Metrics, stop: threading.Event) -> None:
     counted; the next one makes up for it."""
     _ensure_bucket(here, stop)
     token = secrets.token_hex(8)
+    tidied = time.monotonic()
     while not stop.wait(here.settings.sweep_seconds):
         try:
             led = dispatch.sweep(here.store, here.leases, here.send, token)
             metrics.sweeps.labels("led" if led else "followed").inc()
+            if led and time.monotonic() - tidied >= here.settings.tidy_seconds:
+                tidied = time.monotonic()
+                threading.Thread(target=_tidy, args=(here,), name="tidy", daemon=True).start()
         except Exception as error:
             metrics.sweeps.labels("failed").inc()
             log.warning("sweep failed", error=type(error).__name__)
+
+
+def _tidy(here: Backends) -> None:
+    """Beside the sweep, for in a large bucket it takes long."""
+    try:
+        log.info("tidied", removed=housekeeping.tidy(here.store, datetime.now(UTC)))
+    except StoreError as error:
+        log.warning("not tidied", error=type(error).__name__)
 
 
 def _ensure_bucket(here: Backends, stop: threading.Event) -> None:
