@@ -20,6 +20,7 @@ from meddiff.contracts.jobs import End, EndStatus, Job, Progress
 from meddiff.contracts.problems import problem
 from meddiff.contracts.recipes import CPU
 from meddiff.store.keys import JobKeys
+from meddiff.store.objects import ObjectStore
 from meddiff.watching import describe
 from stored import archive, put_dataset, put_generated, put_model
 from typer.testing import CliRunner, Result
@@ -202,18 +203,21 @@ def test_keys_are_made_used_listed_and_revoked(gateway: Gateway, tmp_path: Path)
 
 
 def test_fsck_names_what_is_wrong_and_repairs_what_is_left_over(gateway: Gateway) -> None:
-    made = put_generated(gateway.store, gateway.tenant)
-    surplus = JobKeys(gateway.tenant, made.spec.id).candidate(99, "image")
-    gateway.store.put(surplus, b"x")
+    settings = gateway.settings.model_copy(update={"s3_bucket": f"fsck-{uuid7()}"})
+    store = ObjectStore.from_settings(settings)
+    store.ensure_bucket()
+    made = put_generated(store, "local")
+    surplus = JobKeys("local", made.spec.id).candidate(99, "image")
+    store.put(surplus, b"x")
 
     def fsck(*arguments: str) -> Result:
-        return CliRunner().invoke(app, ["admin", "fsck", *arguments], env=variables(gateway.settings))
+        return CliRunner().invoke(app, ["admin", "fsck", *arguments], env=variables(settings))
 
     told = fsck()
     assert (told.exit_code, f"orphan: {surplus}" in told.stdout) == (1, True)
     assert fsck("--repair").exit_code == 0
     told = fsck("--json")
-    assert [finding for finding in json.loads(told.stdout)["findings"] if finding["key"] == surplus] == []
-    gateway.store.put(made.manifest.pairs[0].label.key, b"other")
+    assert (told.exit_code, json.loads(told.stdout)["findings"]) == (0, [])
+    store.put(made.manifest.pairs[0].label.key, b"other")
     told = fsck()
     assert (told.exit_code, "altered: " in told.stdout) == (1, True)
