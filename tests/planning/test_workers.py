@@ -17,6 +17,7 @@ import pytest
 from jobspecs import finetune, generate, imported, scored, small
 from meddiff.contracts.jobs import End, FinetuneSpec, Spec
 from meddiff.contracts.tasks import QUEUE_OF, Marker, Task, TaskFault
+from meddiff.embedded.servers import start_redis
 from meddiff.planning.dispatch import active_jobs, cancel, finish, sweep
 from meddiff.planning.jobs import read_job
 from meddiff.planning.leases import Leases
@@ -162,6 +163,27 @@ def test_both_kinds_of_job_survive_a_killed_worker_and_a_flush(cluster: Cluster)
         assert job.progress.done == job.progress.total
         assert job.started_at is not None
         assert job.created_at <= job.started_at <= (job.finished_at or job.started_at)
+
+
+def test_workers_outlive_a_redis_that_starts_anew(settings: Settings, store: ObjectStore, tmp_path: Path) -> None:
+    (tmp_path / "redis").mkdir()
+    first = start_redis(tmp_path / "redis")
+    mine = settings.model_copy(update={"redis_url": first.url})
+    leases = Leases.connect(first.url, settings.lease_seconds)
+    cluster = Cluster(mine, store, leases, tmp_path)
+    second = None
+    try:
+        worker = cluster.start_worker()
+        before = cluster.submit(finetune(job_id=JOBS[0]))
+        cluster.until(lambda: store.exists(before.done("cache", 0)))
+        first.stop()
+        second = start_redis(tmp_path / "redis", int(first.url.rpartition(":")[2].partition("/")[0]))
+        after = cluster.submit(generate(8, job_id=JOBS[1]))
+        cluster.until(lambda: cluster.end_of(before) and cluster.end_of(after), 90)
+        assert worker.poll() is None
+    finally:
+        cluster.stop()
+        (second or first).stop()
 
 
 def test_a_problem_ends_the_job_at_once(cluster: Cluster) -> None:

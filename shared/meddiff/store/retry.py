@@ -1,4 +1,4 @@
-"""The one retry policy of the store: exponential pauses with full jitter, until a deadline."""
+"""How the store and Redis are asked again: exponential pauses with full jitter, until a deadline."""
 
 from __future__ import annotations
 
