@@ -2,9 +2,8 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 COUNT ?= 32
-RUNS ?= 3000
 
-.PHONY: demo test test-slow simulate check up down format
+.PHONY: demo test test-slow simulate chaos check up down format
 
 demo: $(VENV)/installed  ## the main job, end to end; DATASET=folder and COUNT=n change what it works on
 	$(BIN)/meddiff demo --count $(COUNT) $(if $(DATASET),--dataset "$(DATASET)")
@@ -16,7 +15,10 @@ test-slow: $(VENV)/installed  ## the rest, within 45 minutes
 	$(BIN)/pytest -m slow
 
 simulate: $(VENV)/installed  ## the planner under a discrete clock, RUNS times with mishaps
-	$(BIN)/python tests/simulation $(RUNS)
+	$(BIN)/python tests/simulation $(or $(RUNS),3000)
+
+chaos: $(VENV)/installed  ## the services under fire, RUNS times
+	$(BIN)/python tests/chaos $(or $(RUNS),40)
 
 check: $(VENV)/installed  ## format, lint, types, arrows between packages
 	$(BIN)/ruff format --check .

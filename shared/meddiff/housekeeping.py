@@ -151,8 +151,9 @@ def _left_by(store: ObjectStore, spec: Spec, now: datetime) -> Iterator[Finding]
 def _below(store: ObjectStore, keys: JobKeys, names: Iterable[str], why: str) -> Iterator[Finding]:
     for name in sorted(names):
         whole = f"{keys.root}/{name}"
-        found = list(store.list(f"{whole}/")) or [whole]
-        yield from (Finding("orphan", key, why) for key in found)
+        if store.exists(whole):
+            yield Finding("orphan", whole, why)
+        yield from (Finding("orphan", key, why) for key in store.list(f"{whole}/"))
 
 
 def _unlisted(store: ObjectStore, tenant: str, now: datetime) -> Iterator[Finding]:

@@ -59,3 +59,18 @@ def test_a_command_that_is_wrong_is_not_repeated(redis_url: str) -> None:
     assert time.monotonic() - begun < 30
     assert not is_away(redis.ResponseError("wrong"))
     assert is_away(redis.exceptions.BusyLoadingError("loading"))
+
+
+def test_a_redis_that_is_full_or_read_only_is_waited_for(tmp_path: Path) -> None:
+    server = start_redis(tmp_path)
+    leases = Leases.connect(server.url, 5, retry=RetryPolicy(deadline=20))
+    with redis.Redis.from_url(server.url) as client:
+        client.config_set("maxmemory", "1")
+        threading.Timer(0.5, client.config_set, ("maxmemory", "0")).start()
+        leases.heartbeat("masks", "worker")
+        client.execute_command("REPLICAOF", "127.0.0.1", "1")
+        threading.Timer(0.5, client.execute_command, ("REPLICAOF", "NO", "ONE")).start()
+        leases.heartbeat("quality", "worker")
+    workers = leases.workers()
+    server.stop()
+    assert (workers["masks"], workers["quality"]) == (1, 1)

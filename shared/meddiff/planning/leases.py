@@ -17,6 +17,7 @@ from meddiff.planning import scripts
 from meddiff.planning.selection import Tally
 from meddiff.store.retry import RetryPolicy
 
+_AWAY = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError, redis.exceptions.OutOfMemoryError)
 _HEARTBEAT_SECONDS = 10.0
 _KEEP_SECONDS = 3600
 _AT_ONCE = 500  # Members given to one script.
@@ -43,8 +44,8 @@ class PatientRedis(redis.Redis):
 
 
 def is_away(error: Exception) -> bool:
-    """Whether Redis may answer later: it is not there, starts, or is a replica that is about to be promoted."""
-    return isinstance(error, redis.ConnectionError | redis.TimeoutError | redis.exceptions.ReadOnlyError)
+    """Whether Redis may do it later: it is not there, starts, is full, or is a replica that is about to be promoted."""
+    return isinstance(error, _AWAY)
 
 
 class Live(Contract):
