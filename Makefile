@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 COUNT ?= 32
 
-.PHONY: demo test test-slow simulate chaos check up down format
+.PHONY: demo test test-slow simulate chaos fuzz check up down format
 
 demo: $(VENV)/installed  ## the main job, end to end; DATASET=folder and COUNT=n change what it works on
 	$(BIN)/meddiff demo --count $(COUNT) $(if $(DATASET),--dataset "$(DATASET)")
@@ -19,6 +19,9 @@ simulate: $(VENV)/installed  ## the planner under a discrete clock, RUNS times w
 
 chaos: $(VENV)/installed  ## the services under fire, RUNS times
 	$(BIN)/python tests/chaos $(or $(RUNS),40)
+
+fuzz: $(VENV)/installed  ## the gateway against its OpenAPI, EXAMPLES an operation
+	EXAMPLES=$(or $(EXAMPLES),500) $(BIN)/pytest -s tests/gateway/test_fuzz.py
 
 check: $(VENV)/installed  ## format, lint, types, arrows between packages
 	$(BIN)/ruff format --check .
