@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 import httpx
@@ -22,6 +23,7 @@ from meddiff.settings import Settings
 from meddiff.store.objects import ObjectStore
 from pydantic import SecretStr
 
+T = TypeVar("T")
 MAX_UPLOAD_BYTES = 3 * 2**20
 
 
@@ -105,12 +107,13 @@ def variables(settings: Settings) -> dict[str, str]:
     return found
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Returns once ``condition`` holds."""
+def until(condition: Callable[[], T], seconds: float = 20.0) -> T:
+    """What ``condition`` gives once it holds."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.05)
+    return found
 
 
 def until_it_answers(process: subprocess.Popen[bytes], http: httpx.Client, log: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from meddiff import access
 from meddiff.contracts.access import ROLES, ApiKey, AuditList, Role
@@ -32,33 +33,39 @@ class Keys:
         self._store = store
         self._found: dict[str, tuple[float, ApiKey]] = {}
 
+    def found_lately(self, token: str) -> ApiKey | None:
+        """The key of that token, if it was asked for a moment ago."""
+        until, key = self._found.get(token, (0.0, None))
+        return key if time.monotonic() < until else None
+
     def find(self, token: str) -> ApiKey | None:
         """The key of that token; None where there is none or it was revoked."""
+        key = access.find_key(self._store, token)
         now = time.monotonic()
-        until, key = self._found.get(token, (0.0, None))
-        if key is None or now >= until:
-            key = access.find_key(self._store, token)
-            self._found = {other: kept for other, kept in self._found.items() if kept[0] > now and other != token}
-            if key is not None:
-                self._found[token] = (now + KEPT_SECONDS, key)
+        self._found = {other: kept for other, kept in self._found.items() if kept[0] > now and other != token}
+        if key is not None:
+            self._found[token] = (now + KEPT_SECONDS, key)
         return key
 
 
-def _admitted(
+async def _admitted(
     request: Request, here: Anyone, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> Backends:
     """The backends for the tenant that asks. A request that would change something is on the audit record before it is
     acted upon. Raises ``ProblemError`` ``unauthenticated`` or ``forbidden``."""
-    key = _key(request, here, credentials)
+    key = await _key(request, here, credentials)
     tenant, key_id = (here.settings.tenant, None) if key is None else (key.tenant, key.id)
     asked = replace(here, tenant=tenant, key_id=key_id, role="admin" if key is None else key.role)
     request.state.tenant, request.state.key_id = tenant, key_id
     needed = NEEDED[request.method]
-    allowed = _suffices(asked.role, needed)
     if needed != "reader":
-        access.record(here.store, tenant, key_id, asked.role, request.method, request.url.path, allowed=allowed)
+        await run_in_threadpool(_record, asked, request.method, request.url.path, _suffices(asked.role, needed))
     require(asked, needed)
     return asked
+
+
+def _record(asked: Backends, method: str, path: str, allowed: bool) -> None:
+    access.record(asked.store, asked.tenant, asked.key_id, asked.role, method, path, allowed=allowed)
 
 
 def require(here: Backends, role: Role) -> None:
@@ -71,14 +78,16 @@ def _suffices(role: Role, needed: Role) -> bool:
     return ROLES.index(role) >= ROLES.index(needed)
 
 
-def _key(request: Request, here: Backends, credentials: HTTPAuthorizationCredentials | None) -> ApiKey | None:
+async def _key(
+    request: Request, here: Backends, credentials: HTTPAuthorizationCredentials | None
+) -> ApiKey | None:  # fmt: skip
     """The request's key; None where requests need none."""
     if not here.settings.require_keys:
         return None
     if credentials is None:
         raise ProblemError("unauthenticated", "Send the API key as: Authorization: Bearer KEY")
     keys: Keys = request.app.state.keys
-    key = keys.find(credentials.credentials)
+    key = keys.found_lately(credentials.credentials) or await run_in_threadpool(keys.find, credentials.credentials)
     if key is None:
         raise ProblemError("unauthenticated", "There is no such API key, or it was revoked")
     return key

@@ -15,6 +15,7 @@ from meddiff.store.objects import ObjectStore
 from meddiff.store.retry import RetryPolicy
 
 from meddiff_services.gateway.bounds import Bounds
+from meddiff_services.gateway.snapshots import Snapshots
 
 IMPATIENT = RetryPolicy(first=0.05, deadline=1.0)
 
@@ -29,6 +30,7 @@ class Backends:
     leases: Leases
     send: Send
     bounds: Bounds
+    snapshots: Snapshots
     tenant: str = ""
     key_id: str | None = None
     role: Role = "reader"
@@ -37,10 +39,12 @@ class Backends:
     def connect(cls, settings: Settings) -> Backends:
         store = ObjectStore.from_settings(settings, RetryPolicy(deadline=3.0))
         leases = Leases.connect(settings.redis_url, settings.lease_seconds, settings.tenant_weights, IMPATIENT)
-        return cls(settings, store, leases, Sender(celery_app(settings), IMPATIENT), Bounds(settings, store))
+        return cls(
+            settings, store, leases, Sender(celery_app(settings), IMPATIENT), Bounds(settings, store), Snapshots()
+        )
 
 
-def _backends(request: Request) -> Backends:
+async def _backends(request: Request) -> Backends:
     found: Backends = request.app.state.backends
     return found
 

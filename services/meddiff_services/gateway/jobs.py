@@ -13,8 +13,7 @@ import structlog
 from fastapi import APIRouter, Body, Depends, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from meddiff.contracts.base import canonical_json, sha256_hex
-from meddiff.contracts.jobs import ENDED, Job, JobList, Kind, Spec, Status
+from meddiff.contracts.jobs import Job, JobList, Kind, Spec, Status
 from meddiff.contracts.problems import Fault, ProblemError
 from meddiff.contracts.requests import EvaluateRequest, FinetuneRequest, GenerateRequest
 from meddiff.planning.dispatch import advance, cancel
@@ -28,6 +27,7 @@ from meddiff_services.gateway.access import Here
 from meddiff_services.gateway.backends import Backends
 from meddiff_services.gateway.pages import Cursor, Limit, page, uuid_shown_last
 from meddiff_services.gateway.problems import UNREACHABLE, documented
+from meddiff_services.gateway.snapshots import Told
 
 router = APIRouter(tags=["jobs"], responses=documented("unauthenticated", "forbidden"))
 log = structlog.get_logger()
@@ -129,31 +129,29 @@ def list_jobs(
     return JobList(jobs=jobs, next=following)
 
 
-@router.get("/jobs/{job_id}", responses={304: {"description": "Unchanged"}, **documented("not-found")})
+@router.get(
+    "/jobs/{job_id}", response_model=Job, responses={304: {"description": "Unchanged"}, **documented("not-found")}
+)
 async def get_job(
     job_id: str,
     here: Here,
-    response: Response,
     if_none_match: Annotated[str | None, Header(description="The ``ETag`` of an earlier answer")] = None,
     wait: Annotated[float, Query(ge=0, le=60, description="Seconds to wait for a change")] = 0,
-) -> Any:
-    """Where the job stands. With ``wait`` the answer comes once the job differs from ``If-None-Match`` (or, without it,
-    from what it is now), has ended, or the time is over."""
+) -> Response:
+    """Where the job stands, at most a quarter of a second old. With ``wait`` the answer comes once the job differs from
+    ``If-None-Match`` (or, without it, from what it is now), has ended, or the time is over."""
     deadline = time.monotonic() + wait
     known = if_none_match
     while True:
-        job = await run_in_threadpool(_read, here, job_id)
-        tag = _tag(job)
-        known = known or tag
-        if tag != known or job.status in ENDED or time.monotonic() >= deadline:
+        told = await _told(here, job_id)
+        known = known or told.tag
+        if told.tag != known or told.ended or time.monotonic() >= deadline:
             break
         await asyncio.sleep(POLL_SECONDS)
-    response.headers["ETag"] = tag
-    if job.status not in ENDED:
-        response.headers.update(RETRY_AFTER)
-    if tag == if_none_match:
-        return Response(status_code=304, headers=dict(response.headers))
-    return job
+    headers = {"ETag": told.tag} if told.ended else {"ETag": told.tag, **RETRY_AFTER}
+    if told.tag == if_none_match:
+        return Response(status_code=304, headers=headers)
+    return Response(told.body, media_type="application/json", headers=headers)
 
 
 def _known(job_id: str, here: Here) -> Spec:
@@ -172,15 +170,17 @@ async def follow_job(
     known = last_event_id
     while True:
         try:
-            job = await run_in_threadpool(_read, here, spec.id)
+            told = await _told(here, spec.id)
         except UNREACHABLE:
             yield ServerSentEvent(comment="the store does not answer")
             await asyncio.sleep(POLL_SECONDS)
             continue
-        if (tag := _tag(job)) != known:
-            yield ServerSentEvent(data=job, event="job", id=tag, retry=EVENTS_RETRY_MILLISECONDS)
-            known = tag
-        if job.status in ENDED:
+        if told.tag != known:
+            yield ServerSentEvent(
+                raw_data=told.body.decode(), event="job", id=told.tag, retry=EVENTS_RETRY_MILLISECONDS
+            )
+            known = told.tag
+        if told.ended:
             return
         await asyncio.sleep(POLL_SECONDS)
 
@@ -189,6 +189,7 @@ async def follow_job(
 def cancel_job(job_id: str, here: Here, response: Response) -> Job:
     """Ask a job to stop: ``cancelling`` until every worker has let go. A job that has ended stays as it is."""
     spec = find_spec(here, job_id)
+    here.snapshots.drop(spec.tenant, spec.id)
     if not here.store.exists(JobKeys(spec.tenant, spec.id).end):
         cancel(here.store, spec.tenant, spec.id, datetime.now(UTC))
     return _accepted(here, spec, response)
@@ -214,14 +215,15 @@ def _accepted(here: Backends, spec: Spec, response: Response) -> Job:
     return read_job(here.store, here.leases, spec.tenant, spec.id)
 
 
-def _read(here: Backends, job_id: str) -> Job:
+async def _told(here: Backends, job_id: str) -> Told:
+    """The job as it was told a moment ago, else as it is. Raises ``ProblemError`` ``not-found``."""
+    lately = here.snapshots.get(here.tenant, job_id)
+    return lately if lately is not None else await run_in_threadpool(_read, here, job_id)
+
+
+def _read(here: Backends, job_id: str) -> Told:
     spec = find_spec(here, job_id)
-    return read_job(here.store, here.leases, spec.tenant, spec.id)
-
-
-def _tag(job: Job) -> str:
-    """Changes with everything but the estimate."""
-    return f'W/"{sha256_hex(canonical_json(job.model_copy(update={"eta_seconds": None})))[:32]}"'
+    return here.snapshots.keep(spec.tenant, read_job(here.store, here.leases, spec.tenant, spec.id))
 
 
 def _newest(here: Backends, start_after: str | None) -> Iterator[Spec]:
