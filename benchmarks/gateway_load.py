@@ -110,9 +110,8 @@ def _measure(running: stack.Stack, home: Path, arguments: argparse.Namespace) ->
         answers, accepted, seconds = asyncio.run(posts_at_once(running.address, arguments.posts))
         print(f"{arguments.posts} POST /generate at once: {dict(answers)} in {seconds:.1f} s")
         known = {one.id for one in client.jobs(kind="generate")}
-        print(
-            f"accepted and listed: {len(accepted & known)} of {len(accepted)}; listed, not told: {len(known - accepted)}"
-        )
+        lost, untold = len(accepted - known), len(known - accepted)
+        print(f"{len(accepted)} accepted: {lost} of them not listed; {untold} listed that nobody was told of")
 
 
 def _free_port() -> int:
