@@ -43,7 +43,6 @@ VARIANTS: dict[str, Variant] = {
     "copy-paste": Variant("the composites themselves: a lesion fitted into a new shape, colours matched", start=True),
     "retexture 0.5": Variant("4a: own mask, own image, strength 0.5", painting=strength(0.5, 0.3), retexture=True),
     "strength 0.2": Variant("4b: strength 0.2", painting=strength(0.2, 0.2)),
-    "strength 0.2, ring 0.6": Variant("4b: strength 0.2, the ring around it 0.6", painting=strength(0.2, 0.6)),
     "strength 0.4": Variant("4b: strength 0.4", painting=strength(0.4, 0.3)),
     "strength 0.8": Variant("4b: strength 0.8", painting=strength(0.8, 0.3)),
     "wide guide": Variant("4d: a guide twice as wide", painting={"inpainting": {"guide_margin": 0.3}}),
