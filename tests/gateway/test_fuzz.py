@@ -12,7 +12,7 @@ import pytest
 from gateways import Gateway
 from stored import put_dataset, put_generated, put_model
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "15"))
+EXAMPLES = int(os.environ.get("EXAMPLES", "8"))
 CHECKS = (
     "not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance",
     "response_schema_conformance",
