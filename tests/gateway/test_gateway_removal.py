@@ -50,6 +50,12 @@ def test_what_was_made_from_a_dataset_holds_it_or_goes_with_it(gateway: Gateway)
     assert gateway.http.get(f"/jobs/{job}/pairs/0/image").status_code == 410
 
 
+def test_a_job_whose_results_are_gone_holds_nothing(gateway: Gateway) -> None:
+    made = only(gateway)
+    assert gateway.http.delete(f"/models/{made.spec.model_id}", params={"derived": True}).status_code == 204
+    assert gateway.http.delete(f"/datasets/{made.spec.dataset_id}").status_code == 204
+
+
 def test_a_job_that_goes_on_holds_what_it_works_on(gateway: Gateway) -> None:
     made = only(gateway)
     dataset = made.spec.dataset_id
