@@ -213,8 +213,8 @@ def test_poison_ends_the_job_after_three_tries_and_tells_nothing_of_the_data(clu
 def test_cancel_takes_effect_at_the_next_step(cluster: Cluster) -> None:
     worker = cluster.start_worker()
     keys = cluster.submit(_with_metadata(finetune(job_id=JOBS[0]), endless="inpainter"))
-    training = Task(tenant="local", job_id=JOBS[0], stage="inpainter", shard=0)
-    cluster.until(lambda: cluster.leases.holder(training) and running_on(cluster.leases, worker)())
+    held = _lease_of("inpainter", cluster.leases)
+    cluster.until(lambda: f"-{worker.pid}@" in held())
     cancel(cluster.store, "local", JOBS[0], datetime.now(UTC))
     assert read_job(cluster.store, cluster.leases, "local", JOBS[0]).status in ("cancelling", "cancelled")
     end = cluster.until(lambda: cluster.end_of(keys), 10)
@@ -310,7 +310,7 @@ def test_one_runs_a_task_at_a_time(leases: Leases) -> None:
     assert not leases.take(task, "b")
     assert leases.take(task, "a"), "taking again renews"
     leases.release(task, "b")
-    assert (leases.running("masks"), leases.runs("local", JOBS[0])) == (1, True)
+    assert leases.running_of("local", JOBS[0]) == [("masks", 3)]
     leases.client.flushall()
     assert leases.take(task, "a"), "a flush takes nothing from who still works"
     assert not leases.take(task, "b")

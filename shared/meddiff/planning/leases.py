@@ -123,24 +123,15 @@ class Leases:
         """Tasks of ``queue`` that wait in it or run."""
         return sum(self._count(f"sent:{queue}", f"running:{queue}"))
 
-    def running(self, queue: Queue) -> int:
-        """Tasks of ``queue`` that run."""
-        return self._count(f"running:{queue}")[0]
-
     def runs(self, tenant: str, job_id: str) -> bool:
         """Whether a worker runs a task of this job."""
-        return self._count(_running_of(tenant, job_id))[0] > 0
+        return bool(self.running_of(tenant, job_id))
 
     def running_of(self, tenant: str, job_id: str) -> list[tuple[Stage, int]]:
         """Stage and shard of the job's tasks that run."""
         found = cast(list[bytes], self._run(scripts.BEYOND, [_running_of(tenant, job_id)]))
         names = (task.decode().split("/") for task in found)
         return [(cast(Stage, stage), int(shard)) for _, _, stage, shard in names]
-
-    def holder(self, task: Task) -> str | None:
-        """The token of who runs ``task``, or ran it when its lease ran out."""
-        found = cast(bytes | None, self.client.hget(f"holders:{task.queue}", _name(task)))
-        return found.decode() if found is not None else None
 
     def rooms(self, depths: Mapping[Queue, int]) -> dict[Queue, int]:
         """How many tasks each queue takes now: its depth for each live worker, at least one in all, and none where
