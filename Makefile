@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 COUNT ?= 32
 
-.PHONY: demo test test-slow simulate chaos fuzz check up down format
+.PHONY: demo test test-slow simulate fleet chaos fuzz check up down format
 
 demo: $(VENV)/installed  ## the main job, end to end; DATASET=folder and COUNT=n change what it works on
 	$(BIN)/meddiff demo --count $(COUNT) $(if $(DATASET),--dataset "$(DATASET)")
@@ -16,6 +16,9 @@ test-slow: $(VENV)/installed  ## the rest, within 45 minutes
 
 simulate: $(VENV)/installed  ## the planner under a discrete clock, RUNS times with mishaps
 	$(BIN)/python tests/simulation $(or $(RUNS),3000)
+
+fleet: $(VENV)/installed  ## the planner's cost and its estimates, from 10 jobs to 10000
+	$(BIN)/python tests/simulation $(addprefix --fleet ,$(or $(FLEETS),10:1 100:8 1000:40 10000:200))
 
 chaos: $(VENV)/installed  ## the services under fire, RUNS times
 	$(BIN)/python tests/chaos $(or $(RUNS),40)

@@ -281,6 +281,7 @@ class Worker:
     def _attempt(self, task: Task, spec: Spec, lease: _Lease) -> Result:
         work = Work(task, spec, self.store, self.leases, self.settings, lease)
         started = time.monotonic()
+        work.tell(0, 0, "")
         try:
             outcome = self.stages[task.stage](work)
             seconds = time.monotonic() - started

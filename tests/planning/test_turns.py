@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from jobspecs import finetune, generate
+from jobspecs import JOB, finetune, generate
 from meddiff.contracts.requests import Priority
-from meddiff.planning.leases import Leases
-from meddiff.planning.turns import place
+from meddiff.contracts.tasks import Task
+from meddiff.planning.leases import InLine, Leases
+from meddiff.planning.turns import place, wait
 from meddiff.settings import Settings
 
 
@@ -99,3 +100,32 @@ def test_priority_is_a_head_start_and_no_more(leases: Leases, sooner: Priority, 
 
     assert asked(sooner, 1, 59) < asked(later, 1, 0)
     assert asked(sooner, 3, 0) > asked(later, 1, 0)
+
+
+def in_line(tenant: str, place: float, seconds: float) -> InLine:
+    return InLine(tenant=tenant, job_id=f"{tenant}-{place}", place=place, seconds=seconds)
+
+
+def test_who_waits_alone_has_all_workers() -> None:
+    assert wait(in_line("a", 0, 30), [], workers=3, weights={}) == 10
+    assert wait(in_line("a", 0, 30), [], workers=0, weights={}) == 30  # One is expected to come.
+
+
+def test_one_waits_for_earlier_jobs_of_the_tenant_and_shares_with_other_tenants() -> None:
+    mine, earlier, later = in_line("a", 2, 10), in_line("a", 1, 20), in_line("a", 3, 500)
+    assert wait(mine, [earlier, later], 1, {}) == 30
+    assert wait(mine, [later, in_line("b", 0, 4)], 1, {}) == 14  # Half of the worker, until b is done.
+    assert wait(mine, [in_line("b", 0, 500)], 2, {"b": 4.0}) == 25  # A fifth of two workers.
+
+
+def test_a_line_tells_what_nobody_has_begun_and_each_job_is_in_the_one_it_needs_longest(leases: Leases) -> None:
+    leases.learn("inpainting", 3.0)
+    leases.offer("a", JOB, 7.0, {"inpainting"}, {"masks": 5, "inpainting": 6, "quality": 6})
+    leases.offer("b", "other", 8.0, {"masks"}, {"masks": 3})
+    task = Task(tenant="a", job_id=JOB, stage="inpainting", shard=0)
+    assert leases.take(task, "token")
+    lines = leases.lines(leases.took(), leases.workers())
+    assert lines["inpainting"] == [InLine(tenant="a", job_id=JOB, place=7.0, seconds=15.0)]
+    assert lines["masks"] == [InLine(tenant="b", job_id="other", place=8.0, seconds=3.0)]
+    leases.withdraw("a", JOB)
+    assert leases.lines(leases.took(), leases.workers())["inpainting"] == []

@@ -23,7 +23,7 @@ from meddiff.contracts.evaluation import Split
 from meddiff.contracts.jobs import End, EvaluateSpec, GenerateSpec, Spec
 from meddiff.contracts.tasks import Marker, Queue, Task
 from meddiff.planning.dispatch import SOON, advance, cancel, submit, sweep
-from meddiff.planning.leases import Leases
+from meddiff.planning.leases import Leases, Live
 from meddiff.planning.observe import read_spec
 from meddiff.planning.selection import Entry, select
 from meddiff.store.keys import JobKeys
@@ -209,6 +209,7 @@ class Simulation:
         worker.task, worker.token = task, token
         seconds = SECONDS[task.stage] * self.random.uniform(0.8, 1.2)
         life = worker.life
+        self.leases.report(task, Live(stage=task.stage, shard=task.shard, since=self.now, now=self.now))
         self.at(seconds, lambda: self._finish(worker, life, token))
         self.at(LEASE_SECONDS / 3, lambda: self._renew(worker, life, token))
         self.busy_seconds[task.queue, task.tenant] += seconds  # type: ignore[assignment]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import redis
-from fleet import SECONDS, Simulation
+from fleet import EPOCH, SECONDS, Simulation
 from jobspecs import generate, small
 from meddiff.contracts.jobs import GenerateSpec
 from meddiff.contracts.tasks import Queue, Task
@@ -16,6 +16,8 @@ from meddiff.store.keys import JobKeys
 
 RATE = 0.95
 """The share of candidates that no judge turns away; some more are duplicates."""
+ESTIMATES = 250
+"""So many jobs, or all, are asked how long they will take."""
 LOAD = 0.7
 """The share of the inpainters' time that the jobs ask for."""
 
@@ -26,9 +28,11 @@ def fleet_of(inpainters: int) -> dict[Queue, int]:
     return {"datasets": 1, "training": 1, "masks": others, "inpainting": inpainters, "quality": others}
 
 
-def job(number: int, tenant: str, count: int) -> GenerateSpec:
+def job(number: int, tenant: str, count: int, comes: float = 0.0) -> GenerateSpec:
     job_id = f"0197f000-{number >> 16:04x}-7000-8000-{number:012x}"
-    return generate(count, recipe=small(), job_id=job_id).model_copy(update={"tenant": tenant})
+    return generate(count, recipe=small(), job_id=job_id).model_copy(
+        update={"tenant": tenant, "created_at": datetime.fromtimestamp(EPOCH + comes, UTC)}
+    )
 
 
 @dataclass
@@ -57,21 +61,21 @@ def busy_fleet(client: redis.Redis, jobs: int, inpainters: int, seed: int = 0) -
     draw = random.Random(seed)
     world = Simulation(client, seed, workers=fleet_of(inpainters), rate=RATE)
     counts = [draw.choice((8, 16, 40, 80, 200)) for _ in range(jobs)]
-    specs = [job(n, f"tenant{draw.randrange(8)}", count) for n, count in enumerate(counts)]
     shard = small().work.shard_size
     seconds = SECONDS["inpainting"] * sum(counts) / (0.85 * RATE) / shard / inpainters / LOAD
+    specs = [job(n, f"tenant{draw.randrange(8)}", count, draw.uniform(0, seconds)) for n, count in enumerate(counts)]
     found = Measured(jobs, inpainters)
     expected: dict[str, tuple[float, float]] = {}
     asked = 0
 
     def ask(task: Task) -> None:
-        """The estimate of every fourth job, once a tenth of it is done. Asking is no planning, so it is not counted."""
+        """The estimate of a job, once a tenth of it is done. Asking is no planning, so it is not counted."""
         nonlocal asked
         spec = by_id[task.job_id]
-        if task.stage != "quality" or task.job_id in expected or int(spec.id[-2:], 16) % 4:
+        if task.stage != "quality" or task.job_id in expected or spec.id not in asked_of:
             return
         before = world.memory.calls
-        told = read_job(world.store, world.leases, spec.tenant, spec.id, datetime.fromtimestamp(world.now, UTC))
+        told = read_job(world.store, world.leases, spec.tenant, spec.id, lambda: world.now)
         asked += world.memory.calls - before
         if (
             told.eta_seconds is not None
@@ -81,9 +85,10 @@ def busy_fleet(client: redis.Redis, jobs: int, inpainters: int, seed: int = 0) -
             expected[spec.id] = (world.now, told.eta_seconds)
 
     by_id = {spec.id: spec for spec in specs}
+    asked_of = {spec.id for spec in specs[:: 1 + jobs // ESTIMATES]}
     world.listeners.append(ask)
     for spec in specs:
-        world.at(draw.uniform(0, seconds), lambda spec=spec: world.submit(spec))  # type: ignore[misc]
+        world.at(spec.created_at.timestamp() - EPOCH, lambda spec=spec: world.submit(spec))  # type: ignore[misc]
     world.run(lambda: world.ended(specs))
     found.calls = world.memory.calls - asked
     found.pairs = sum(world.end(spec).result["accepted"] for spec in specs)

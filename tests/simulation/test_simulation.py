@@ -35,9 +35,10 @@ def test_a_run_is_a_function_of_its_seed(client: redis.Redis) -> None:
 
 
 @pytest.mark.slow
-def test_planning_a_pair_costs_the_same_in_a_large_fleet(client: redis.Redis) -> None:
+def test_in_a_large_fleet_a_pair_costs_the_same_and_estimates_hold(client: redis.Redis) -> None:
     small, large = busy_fleet(client, jobs=10, inpainters=1), busy_fleet(client, jobs=60, inpainters=8)
     assert large.calls_per_pair < 1.2 * small.calls_per_pair
+    assert large.good_estimates > 0.7
 
 
 def test_no_tenant_waits_for_more_than_its_share(client: redis.Redis) -> None:

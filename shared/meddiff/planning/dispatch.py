@@ -14,6 +14,7 @@ from meddiff.contracts.tasks import Queue, Task
 from meddiff.planning.leases import Leases
 from meddiff.planning.observe import observe, read_spec
 from meddiff.planning.plan import Ending, plan
+from meddiff.planning.progress import tasks_left
 from meddiff.planning.turns import place
 from meddiff.store.keys import JobKeys, active, newest
 from meddiff.store.objects import NotFound, ObjectStore, StoreError
@@ -91,7 +92,9 @@ def _step(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> tuple
     if decision.ending is None:
         for child in decision.children:
             submit(store, child)
-        leases.offer(tenant, job_id, place(leases, spec), {task.queue for task in decision.due})
+        leases.offer(
+            tenant, job_id, place(leases, spec), {task.queue for task in decision.due}, tasks_left(spec, observed)
+        )
         leases.look_later(tenant, job_id)
         return decision.due
     for child_id in going_on:

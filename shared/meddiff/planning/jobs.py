@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Collection
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from datetime import datetime, timedelta
 from functools import lru_cache
 
 import redis
@@ -18,6 +19,7 @@ from meddiff.planning.leases import Leases
 from meddiff.planning.observe import observe, read_marker, read_spec
 from meddiff.planning.plan import Observed
 from meddiff.planning.progress import Measured, ended, snapshot
+from meddiff.planning.turns import place
 from meddiff.store.keys import JobKeys
 from meddiff.store.objects import NotFound, ObjectStore
 
@@ -26,9 +28,9 @@ RECENT = 3  # Markers of a stage that its speed is taken from.
 
 
 def read_job(
-    store: ObjectStore, leases: Leases, tenant: str, job_id: str, now: datetime | None = None
-) -> Job:  # fmt: skip
-    """The job as it stands ``now``, without Redis without live progress and position. Raises ``NotFound``."""
+    store: ObjectStore, leases: Leases, tenant: str, job_id: str, clock: Callable[[], float] = time.time
+) -> Job:
+    """The job as it stands, without Redis without live progress and position. Raises ``NotFound``."""
     spec = read_spec(store, tenant, job_id)
     keys = JobKeys(tenant, job_id)
     try:
@@ -39,7 +41,7 @@ def read_job(
         observed = observe(store, leases, spec)
     except redis.RedisError:
         observed = observe(store, None, spec)
-    return snapshot(spec, observed, _measure(store, leases, spec, observed, now or datetime.now(UTC)))
+    return snapshot(spec, observed, _measure(store, leases, spec, observed, clock()))
 
 
 @lru_cache(maxsize=4)
@@ -48,23 +50,33 @@ def _active_lately(store: ObjectStore, moment: int) -> list[tuple[str, str]]:
     return active_jobs(store)
 
 
-def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed, now: datetime) -> Measured:
+def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed, now: float) -> Measured:
     speeds = {
         stage: speed for stage, shards in _finished(observed).items() if (speed := _speed(store, spec, stage, shards))
     }
     started_at = _started_at(store, spec)
-    elapsed = (now - started_at).total_seconds() if started_at is not None else 0.0
     position = None
     if not observed.done and not observed.tally.shards:
         position = 1 + sum(job_id < spec.id for _, job_id in _active_lately(store, int(time.monotonic() / LATELY)))
+    known = Measured(speeds, position=position, started_at=started_at)
     try:
-        workers = leases.workers()
-        live = leases.live(spec.tenant, spec.id)
-        running = leases.running_of(spec.tenant, spec.id)
-        children = _children_seconds(store, leases, spec, observed) if isinstance(spec, EvaluateSpec) else 0.0
-        return Measured(speeds, live, running, elapsed, workers, position, started_at, children)
+        workers, took = leases.workers(), leases.took()
+        lines = leases.lines(took, workers)
+        mine = next((one.place for line in lines.values() for one in line if one.job_id == spec.id), None)
+        return replace(
+            known,
+            live=leases.live(spec.tenant, spec.id),
+            running=leases.running_of(spec.tenant, spec.id),
+            workers=workers,
+            children_seconds=_children_seconds(store, leases, spec, observed) if isinstance(spec, EvaluateSpec) else 0,
+            took=took,
+            now=now,
+            lines=lines,
+            place=place(leases, spec) if mine is None else mine,
+            weights=leases.weights,
+        )
     except redis.RedisError:
-        return Measured(speeds, elapsed=elapsed, started_at=started_at, position=position)
+        return known
 
 
 def _children_seconds(store: ObjectStore, leases: Leases, spec: EvaluateSpec, observed: Observed) -> float | None:

@@ -3,6 +3,8 @@ is sent again and nothing else happens."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -62,6 +64,16 @@ class Live(Contract):
     info: dict[str, float | int | str] = Field(default_factory=dict)
 
 
+class InLine(Contract):
+    """What a job has left to do in a queue that no worker has begun: so many seconds. ``place`` orders the jobs of a
+    tenant."""
+
+    tenant: str
+    job_id: str
+    place: float
+    seconds: float
+
+
 class Leases:
     """Leases, turns, heartbeats, live progress and caches. A lease lasts ``seconds`` unless it is renewed. ``weights``:
     the shares of tenants whose share is not 1. ``clock`` (seconds) stands in for Redis's own where time is simulated.
@@ -74,7 +86,7 @@ class Leases:
     ) -> None:
         self.client = client
         self.seconds = seconds
-        self._weights = weights
+        self.weights = weights
         self._clock = clock
 
     @classmethod
@@ -174,11 +186,15 @@ class Leases:
 
     # -------------------------------------------------------------------------------------------------------- turns
 
-    def offer(self, tenant: str, job_id: str, place: float, queues: Iterable[Queue]) -> None:
-        """The job has something due in ``queues`` and in no other; ``place`` orders the jobs of a tenant."""
+    def offer(
+        self, tenant: str, job_id: str, place: float, queues: Iterable[Queue], left: Mapping[Stage, int] = {}
+    ) -> None:
+        """The job has something due in ``queues`` and in no other; ``place`` orders the jobs of a tenant; ``left``:
+        how many of its tasks are not done yet, for those who wait behind it."""
         due = set(queues)
         flags = [item for queue in _QUEUES for item in (queue, int(queue in due))]
         self.client.eval(scripts.OFFER, 0, tenant, job_id, str(place), *flags)
+        self.client.hset("left", f"{tenant}/{job_id}", json.dumps([place, left]))
 
     def withdraw(self, tenant: str, job_id: str, queue: Queue | None = None) -> None:
         """The job has nothing due in ``queue``; without one, it has ended."""
@@ -186,6 +202,26 @@ class Leases:
         self.client.eval(scripts.OFFER, 0, tenant, job_id, "0", *flags)
         if queue is None:
             self.client.zrem("look", f"{tenant}/{job_id}")
+            self.client.hdel("left", f"{tenant}/{job_id}")
+
+    def lines(self, took: Mapping[Stage, float], workers: Mapping[Queue, int]) -> dict[Queue, list[InLine]]:
+        """Who has something left to do in each queue, and how much, where a task of a stage takes what it ``took``. A
+        job is in the line that it needs longest: in the others it waits for itself."""
+        running: Counter[tuple[str, Stage]] = Counter()
+        for queue in _QUEUES:
+            for task in cast(list[bytes], self._run(scripts.BEYOND, [f"running:{queue}"])):
+                tenant, job_id, stage, _ = task.decode().split("/")
+                running[f"{tenant}/{job_id}", cast(Stage, stage)] += 1
+        found: dict[Queue, list[InLine]] = {queue: [] for queue in _QUEUES}
+        for job, told in cast(dict[bytes, bytes], self.client.hgetall("left")).items():
+            tenant, job_id = job.decode().split("/")
+            place, left = json.loads(told)
+            seconds: defaultdict[Queue, float] = defaultdict(float)
+            for stage, tasks in left.items():
+                seconds[QUEUE_OF[stage]] += max(0, tasks - running[job.decode(), stage]) * took.get(stage, 1.0)
+            queue = max(seconds, key=lambda queue: seconds[queue] / max(1, workers[queue]))
+            found[queue].append(InLine(tenant=tenant, job_id=job_id, place=place, seconds=seconds[queue]))
+        return found
 
     def next_turn(self, queue: Queue) -> tuple[str, str] | None:
         """(tenant, job id) of who is next in ``queue``: of the tenants with something due the one that has had least,
@@ -196,7 +232,7 @@ class Leases:
     def charge(self, queue: Queue, tenant: str, seconds: float) -> None:
         """The tenant has had so much more of ``queue``, divided by its weight. Who comes back after a pause starts
         where the others are (start-time fair queueing, Goyal et al., 1996): time not asked for is not saved up."""
-        self.client.eval(scripts.CHARGE, 0, queue, tenant, str(seconds / self._weights.get(tenant, 1.0)))
+        self.client.eval(scripts.CHARGE, 0, queue, tenant, str(seconds / self.weights.get(tenant, 1.0)))
 
     # ------------------------------------------------------------------------------------------------------ workers
 
@@ -221,6 +257,11 @@ class Leases:
         """How long a task of ``stage`` takes, lately; 1 where none has told."""
         known = cast(bytes | None, self.client.hget("seconds", stage))
         return 1.0 if known is None else max(float(known), 1e-3)
+
+    def took(self) -> dict[Stage, float]:
+        """The same of every stage of which any task has told."""
+        known = cast(dict[bytes, bytes], self.client.hgetall("seconds"))
+        return {cast(Stage, stage.decode()): max(float(seconds), 1e-3) for stage, seconds in known.items()}
 
     # ---------------------------------------------------------------------------------------------- progress, caches
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from meddiff.contracts.jobs import End, EvaluateSpec, FinetuneSpec, GenerateSpec, Job, Progress, Spec, Status
 from meddiff.contracts.tasks import QUEUE_OF, Queue, Stage
 from meddiff.planning import evaluation
-from meddiff.planning.leases import Live
+from meddiff.planning.leases import InLine, Live
 from meddiff.planning.plan import Observed, finetune_steps, plan, segment_range
 from meddiff.planning.selection import wanted
+from meddiff.planning.turns import wait
 
 # Seconds for a unit of work of a stage relative to a training step (fine-tune), to a candidate inpainted (generate) or
 # to a segmenter trained (evaluate): what an estimate assumes of a stage until its speed has been measured in this job.
@@ -20,26 +23,32 @@ PRIOR: dict[Stage, float] = {
     "calibrate": 1.0, "publish": 10.0, "masks": 0.2, "inpainting": 1.0, "quality": 0.2, "manifest": 0.1,
     "split": 0.2, "stop": 2.0, "segmenter": 1.0, "report": 0.5,
 }  # fmt: skip
-PACE_FROM = 0.03  # The share of a job's work that has to be behind it before its pace means something.
 TRAINING: tuple[Stage, ...] = ("inpainter", "repair", "mask_generator")
+LEAST_LEFT = 0.1  # Of a task that runs for longer than it should.
+CHAIN: tuple[Stage, ...] = ("masks", "inpainting", "quality")  # What a shard of a generate job passes.
 
 
 @dataclass(frozen=True)
 class Measured:
     """What is known beyond the plan's inputs. ``speeds``: seconds for a unit by stage, from markers; ``live``: running
-    tasks' own words; ``running``: tasks of the job that a worker holds a lease of; ``elapsed``: seconds since
-    ``started_at``; ``workers``: live ones by queue;
+    tasks' own words; ``running``: tasks of the job that a worker holds a lease of; ``workers``: live ones by queue;
     ``position``: 1 for the first of the jobs that have not ended; ``children_seconds``: what the child jobs of an
-    evaluation will still take, None where nothing tells yet."""
+    evaluation will still take, None where nothing tells yet; ``took``: seconds of a task by stage, of any job lately;
+    ``now``: seconds since the epoch; ``lines``: who has something left to do in each queue, and ``place``: the job's
+    own among them; ``weights``: of tenants."""
 
     speeds: Mapping[Stage, float] = field(default_factory=dict)
     live: Collection[Live] = ()
     running: Collection[tuple[Stage, int]] = ()
-    elapsed: float = 0.0
     workers: Mapping[Queue, int] = field(default_factory=dict)
     position: int | None = None
     started_at: datetime | None = None
     children_seconds: float | None = 0.0
+    took: Mapping[Stage, float] = field(default_factory=dict)
+    now: float = 0.0
+    lines: Mapping[Queue, Sequence[InLine]] = field(default_factory=dict)
+    place: float = 0.0
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 def ended(spec: Spec, end: End, started_at: datetime | None) -> Job:
@@ -69,14 +78,13 @@ def snapshot(spec: Spec, observed: Observed, measured: Measured) -> Job:
         status = "queued"
     elif stage == "import":
         status = "validating"
-    remaining = _remaining(spec, observed)
     speeds = _speeds(measured)
     return _job(
         spec,
         status=status,
         stage=stage,
         progress=Progress(done=_done(spec, observed, measured.live), total=_total(spec, observed), unit=_unit(spec)),
-        eta_seconds=_eta(spec, remaining, speeds, measured, observed) if speeds and started else None,
+        eta_seconds=_eta(spec, observed, speeds, measured) if speeds and started else None,
         queue_position=measured.position if status == "queued" else None,
         started_at=measured.started_at,
     )
@@ -155,36 +163,49 @@ def _within(spec: FinetuneSpec, live: Live) -> int:
     return max(0, min(live.done - live.shard * part.segment_steps, part.segment_steps))
 
 
-def _remaining(spec: Spec, observed: Observed) -> dict[Stage, float]:
-    """Units still to be done, by stage."""
+def tasks_left(spec: Spec, observed: Observed) -> dict[Stage, int]:
+    """How many tasks of each stage are not done, as far as is known."""
+    return {stage: len(shards) for stage, shards in _open(spec, observed).items()}
+
+
+def _open(spec: Spec, observed: Observed) -> dict[Stage, Sequence[int]]:
+    """Shards still to be done, by stage; of an evaluation's as many as there are."""
     if isinstance(spec, EvaluateSpec):
         runs = evaluation.runs(spec, observed.splits) if observed.splits else ()
         stops = {run.stop for run in runs}
         return {
-            "stop": len(stops) - len(observed.done.get("stop", ())),
-            "segmenter": len(runs) - len(observed.done.get("segmenter", ())),
-            "report": 1,
+            "stop": range(len(stops) - len(observed.done.get("stop", ()))),
+            "segmenter": range(len(runs) - len(observed.done.get("segmenter", ()))),
+            "report": range(1),
         }
     if isinstance(spec, GenerateSpec):
         shards = range(observed.tally.shards, wanted(observed.tally, spec))
-        chain: tuple[Stage, ...] = ("quality", "inpainting", "masks")
-        left: dict[Stage, float] = {}
-        for n, stage in enumerate(chain):
-            later = chain[: n + 1]
-            open_shards = sum(not any(observed.has(s, shard) for s in later) for shard in shards)
-            left[stage] = open_shards * spec.recipe.work.shard_size
-        return left | {"manifest": spec.request.count}
-    imported = observed.imported or {"pairs": spec.recipe.max_pairs, "backgrounds": 0, "cases": ()}
-    units: dict[Stage, float] = {}
-    for step in finetune_steps(spec.recipe, imported):
-        missing = [shard for shard in range(step.shards) if not observed.has(step.stage, shard)]
-        if step.stage in TRAINING:
-            units[step.stage] = _segments(spec, step.stage, missing)
-        elif step.stage == "backgrounds":
-            units[step.stage] = len(missing) * spec.recipe.work.shard_size
-        else:
-            units[step.stage] = len(missing) * (1 if step.stage == "publish" else imported["pairs"])
-    return units
+        left: dict[Stage, Sequence[int]] = {
+            stage: [shard for shard in shards if not any(observed.has(later, shard) for later in CHAIN[n:])]
+            for n, stage in enumerate(CHAIN)
+        }
+        return left | {"manifest": range(1)}
+    return {
+        step.stage: [shard for shard in range(step.shards) if not observed.has(step.stage, shard)]
+        for step in finetune_steps(spec.recipe, _imported(spec, observed))
+    }
+
+
+def _imported(spec: FinetuneSpec, observed: Observed) -> Mapping[str, Any]:
+    return observed.imported or {"pairs": spec.recipe.max_pairs, "backgrounds": 0, "cases": ()}
+
+
+def _units(spec: Spec, observed: Observed, stage: Stage, shards: Collection[int]) -> float:
+    """Units of work in some shards of a stage."""
+    if isinstance(spec, FinetuneSpec) and stage in TRAINING:
+        return _segments(spec, stage, shards)
+    if stage == "backgrounds" or (isinstance(spec, GenerateSpec) and stage != "manifest"):
+        return len(shards) * spec.recipe.work.shard_size
+    if isinstance(spec, GenerateSpec):
+        return spec.request.count
+    if isinstance(spec, FinetuneSpec) and stage != "publish":
+        return len(shards) * int(_imported(spec, observed)["pairs"])
+    return len(shards)
 
 
 def _speeds(measured: Measured) -> dict[Stage, float]:
@@ -197,58 +218,64 @@ def _speeds(measured: Measured) -> dict[Stage, float]:
     return speeds | {stage: speed for stage, speed in measured.speeds.items() if stage != "import"}
 
 
-def _eta(
-    spec: Spec, remaining: Mapping[Stage, float], speeds: Mapping[Stage, float], measured: Measured, observed: Observed
-) -> float | None:
-    """Seconds until the end: what is left of the job's work, at the pace of what is behind it, which tells how many
-    workers it has and whom it shares them with. Until enough is behind it: a fine-tune's stages follow one another; a
-    generate job's overlap, so that the slowest decides. An evaluation's segmenters train beside its child jobs."""
+def _eta(spec: Spec, observed: Observed, speeds: Mapping[Stage, float], measured: Measured) -> float | None:
+    """Seconds until the end, if no other job comes."""
     unit = sum(speeds[stage] / PRIOR[stage] for stage in speeds) / len(speeds)
-    begun = _begun(spec, measured)
-    seconds = {
-        stage: max(0.0, units - begun.get(stage, 0.0)) * speeds.get(stage, unit * PRIOR[stage])
-        for stage, units in remaining.items()
-    }
-    left = sum(seconds.values())
-    if isinstance(spec, EvaluateSpec):
+
+    def seconds(stage: Stage, shards: Collection[int]) -> float:
+        if stage not in speeds and stage in measured.took:
+            return len(shards) * measured.took[stage]
+        return _units(spec, observed, stage, shards) * speeds.get(stage, unit * PRIOR[stage])
+
+    left = _open(spec, observed)
+    if isinstance(spec, EvaluateSpec):  # Its segmenters train beside its child jobs.
         if measured.children_seconds is None:
             return None
-        trainers = max(1, measured.workers.get("training", 0))
-        return round((left + measured.children_seconds) / trainers, 1)
-    whole = _whole(spec, observed)
-    behind = sum(units * speeds.get(stage, unit * PRIOR[stage]) for stage, units in whole.items()) - left
-    if measured.elapsed > 0 and behind >= PACE_FROM * (behind + left):
-        return round(left * measured.elapsed / behind, 1)
-    if isinstance(spec, FinetuneSpec):
-        return round(left, 1)
-    shared = {stage: s / max(1, measured.workers.get(QUEUE_OF[stage], 0)) for stage, s in seconds.items()}
-    return round(max(shared.values()) + seconds["manifest"], 1)
-
-
-def _begun(spec: Spec, measured: Measured) -> dict[Stage, float]:
-    """Units that running tasks have behind them: as they tell, else half of them."""
-    told = {(one.stage, one.shard): one for one in measured.live}
-    begun: dict[Stage, float] = {}
-    for stage, shard in measured.running:
-        units = 0.0
-        if isinstance(spec, FinetuneSpec) and stage in TRAINING:
-            one = told.get((stage, shard))
-            units = _segments(spec, stage, [shard]) / 2 if one is None else _within(spec, one)
-        elif isinstance(spec, GenerateSpec) and stage != "manifest":
-            units = spec.recipe.work.shard_size / 2
-        begun[stage] = begun.get(stage, 0.0) + units
-    return begun
-
-
-def _whole(spec: FinetuneSpec | GenerateSpec, observed: Observed) -> dict[Stage, float]:
-    """Units of the whole job, by stage."""
-    if isinstance(spec, FinetuneSpec):
-        return _remaining(spec, Observed(imported=observed.imported))
-    shards = wanted(observed.tally, spec)
-    size = spec.recipe.work.shard_size
-    return {
-        "masks": shards * size,
-        "inpainting": shards * size,
-        "quality": shards * size,
-        "manifest": spec.request.count,
+        alone = sum(seconds(stage, shards) for stage, shards in left.items())
+        return round((alone + measured.children_seconds) / max(1, measured.workers.get("training", 0)), 1)
+    running = set(measured.running)
+    idle = {
+        stage: seconds(stage, [shard for shard in shards if (stage, shard) not in running])
+        for stage, shards in left.items()
     }
+    going = {
+        stage: [seconds(stage, [n]) * _share_left(spec, measured, stage, n) for n in shards if (stage, n) in running]
+        for stage, shards in left.items()
+    }
+
+    def queued(queue: Queue, own: float) -> float:
+        mine = InLine(tenant=spec.tenant, job_id=spec.id, place=measured.place, seconds=own)
+        others = [one for one in measured.lines.get(queue, ()) if one.job_id != spec.id]
+        return wait(mine, others, measured.workers.get(queue, 0), measured.weights)
+
+    if isinstance(spec, FinetuneSpec):  # One stage after the other, and one segment of a part after the other.
+        own: Counter[Queue] = Counter()
+        for stage, some in idle.items():
+            own[QUEUE_OF[stage]] += some  # type: ignore[assignment]
+        waits = {queue: queued(queue, some) for queue, some in own.items() if some}
+        chain = max(idle.get(stage, 0.0) for stage in TRAINING)
+        waits["training"] = max(waits.get("training", 0.0), chain)
+        return round(sum(waits.values()) + sum(max(some, default=0.0) for some in going.values()), 1)
+    # Its stages overlap, so the slowest decides when the last shard comes to it; that passes those that follow.
+    last = {stage: seconds(stage, [0]) for stage in CHAIN}
+    slowest = max(
+        (queued(QUEUE_OF[stage], idle[stage] - last[stage] + sum(going[stage])) for stage in CHAIN if idle[stage]),
+        default=0.0,
+    )
+    first = next((n for n, stage in enumerate(CHAIN) if idle[stage] or going[stage]), len(CHAIN))
+    tail = [
+        last[stage] if n > first or idle[stage] else max(going[stage]) for n, stage in enumerate(CHAIN[first:], first)
+    ]
+    return round(slowest + sum(tail) + seconds("manifest", [0]), 1)
+
+
+def _share_left(spec: Spec, measured: Measured, stage: Stage, shard: int) -> float:
+    """Of a running task: as it tells, else by how long it has been running."""
+    told = next((one for one in measured.live if (one.stage, one.shard) == (stage, shard)), None)
+    if told is None:
+        return 0.5
+    if isinstance(spec, FinetuneSpec) and stage in TRAINING:
+        return 1 - _within(spec, told) / _segments(spec, stage, [shard])
+    if told.total:
+        return 1 - told.done / told.total
+    return max(LEAST_LEFT, 1 - (measured.now - told.since) / measured.took[stage]) if stage in measured.took else 0.5

@@ -15,7 +15,7 @@ from meddiff.contracts.base import Contract
 from meddiff.contracts.jobs import GenerateSpec
 from meddiff.contracts.manifest import Pair, Reason, Rejected
 
-PRIOR_RATE = 0.8  # The share of candidates expected to be accepted, before any is scored ...
+PRIOR_RATE = 0.9  # The share of candidates expected to be accepted, before any is scored ...
 PRIOR_WEIGHT = 16  # ... as if this many had been.
 
 

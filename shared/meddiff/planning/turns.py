@@ -1,12 +1,14 @@
-"""Whose job comes first among those of one tenant. Between tenants ``Leases.next_turn`` decides."""
+"""Whose job comes first among those of one tenant, and how long one waits for the others. Between tenants
+``Leases.next_turn`` decides."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 from meddiff.contracts.jobs import EvaluateSpec, FinetuneSpec, Spec
 from meddiff.contracts.requests import Priority
-from meddiff.planning.leases import Leases
+from meddiff.planning.leases import InLine, Leases
 from meddiff.planning.plan import segments
 
 STRETCH = 2.0
@@ -35,3 +37,24 @@ def _seconds(leases: Leases, spec: Spec) -> float:
         trainings = (asked.folds or asked.draws or 1) * asked.seeds * (2 + len(asked.synthetic) * len(asked.arms))
         return trainings * leases.seconds_of("segmenter")
     return math.ceil(spec.request.count / spec.recipe.work.shard_size) * leases.seconds_of("inpainting")
+
+
+def wait(mine: InLine, others: Iterable[InLine], workers: int, weights: Mapping[str, float]) -> float:
+    """Seconds until ``workers`` that are shared as turns are have done what a job has left in a queue, if nothing more
+    comes: among tenants as a fluid by weight (generalised processor sharing, Parekh and Gallager, 1993), within a
+    tenant one job after the other."""
+    lines: dict[str, list[InLine]] = {}
+    for one in sorted([mine, *others], key=lambda one: one.place, reverse=True):
+        lines.setdefault(one.tenant, []).append(one)  # The next one last.
+    mine_and_before = lines[mine.tenant][lines[mine.tenant].index(mine) :]
+    work = {tenant: sum(one.seconds for one in line) for tenant, line in lines.items()}
+    work[mine.tenant] = sum(one.seconds for one in mine_and_before)
+    share = {tenant: weights.get(tenant, 1.0) for tenant in work}
+    passed = 0.0
+    while mine.tenant in work:
+        pace = max(1, workers) / sum(share[tenant] for tenant in work)
+        first = min(work, key=lambda tenant: work[tenant] / share[tenant])
+        took = work[first] / (pace * share[first])
+        passed += took
+        work = {tenant: rest - took * pace * share[tenant] for tenant, rest in work.items() if tenant != first}
+    return passed
