@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Literal
 from uuid import uuid4
 
+import celery
 import structlog
 from celery import signals
 from kombu.exceptions import OperationalError
@@ -39,7 +40,7 @@ from meddiff.settings import Settings
 from meddiff.store.keys import JobKeys
 from meddiff.store.objects import NotFound, ObjectStore, StoreError, StoreUnavailable
 from meddiff.telemetry import configure_logs
-from prometheus_client import Histogram, start_http_server
+from prometheus_client import Counter, Histogram, start_http_server
 from redis import RedisError
 
 HEARTBEAT_SECONDS = 3.0
@@ -50,6 +51,7 @@ KEPT_MODELS = 4
 
 Result = Literal["done", "dropped", "stopped", "failed", "fault", "unavailable"]
 
+REDELIVERED = Counter("meddiff_tasks_redelivered_total", "Tasks that the broker delivered again", ("stage",))
 TASK_SECONDS = Histogram(
     "meddiff_task_seconds",
     "Seconds a task took",
@@ -357,8 +359,11 @@ def main(service: str, queues: Sequence[Queue], stages: str) -> None:
     worker = Worker(settings, stages, name, Sender(app))
     beat = _Heartbeat(settings, queues, name)
 
-    @app.task(name=RUN)  # type: ignore[untyped-decorator]
-    def run(tenant: str, job_id: str, stage: Stage, shard: int) -> None:
+    @app.task(name=RUN, bind=True)  # type: ignore[untyped-decorator]
+    def run(self: celery.Task, tenant: str, job_id: str, stage: Stage, shard: int) -> None:
+        if self.request.delivery_info.get("redelivered"):
+            REDELIVERED.labels(stage).inc()
+            log.info("task delivered again", tenant=tenant, job=job_id, stage=stage, shard=shard)
         worker.run(Task(tenant=tenant, job_id=job_id, stage=stage, shard=shard))
 
     def child_started(**_: Any) -> None:

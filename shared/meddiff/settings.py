@@ -44,5 +44,6 @@ class Settings(BaseSettings):
     visibility_timeout: int = Field(
         14_400, ge=1, description="Celery: seconds after which an unacknowledged task returns; above task_seconds"
     )
+    redelivery_seconds: int = Field(10, ge=1, description="Celery: how often it looks for such tasks")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     max_upload_bytes: int = Field(2**30, ge=1, description="largest dataset upload")

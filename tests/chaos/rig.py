@@ -3,6 +3,7 @@ has ended again, as Kubernetes or systemd would."""
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -217,8 +218,15 @@ class Rig:
             return [process, *process.children(recursive=True)]
         return []
 
-    def log_of(self, name: str) -> str:
-        return (self.folder / "logs" / f"{name}.log").read_text(errors="replace")
+    def log_lines(self, name: str, event: str) -> list[dict[str, object]]:
+        """What a service logged under ``event``."""
+        found = []
+        for line in (self.folder / "logs" / f"{name}.log").read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                told = json.loads(line)
+                if isinstance(told, dict) and told.get("event") == event:
+                    found.append(told)
+        return found
 
 
 def _kill_session(pid: int) -> None:

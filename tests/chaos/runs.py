@@ -85,25 +85,25 @@ class Chaos:
         self.dataset = self.accepted(
             lambda: rig.ask("POST", "/datasets", content=dataset(), headers={"Content-Type": "application/zip"})
         )["id"]
-        tuned = self.submit("finetune", self._finetune(), "quiet")
+        tuned = self.submit("finetune", self.finetune(), "quiet")
         self.end(tuned)
         self.model = model_id_of(tuned)
-        made = self.submit("generate", self._generate(), "quiet")
+        made = self.submit("generate", self.generate(), "quiet")
         self.end(made)
         self.made = made
-        judged = self.submit("evaluate", self._evaluate(), "quiet")
+        judged = self.submit("evaluate", self.evaluate(), "quiet")
         self.end(judged)
         self.quiet = {kind: self.result(kind, job) for kind, job in zip(KINDS, (tuned, made, judged), strict=True)}
 
     # ---------------------------------------------------------------------------------------------------------- jobs
 
-    def _finetune(self) -> dict[str, Any]:
+    def finetune(self) -> dict[str, Any]:
         return {"dataset_uri": self.dataset, "max_pairs": 10, "recipe": {"name": "cpu", "override": RECIPE}}
 
-    def _generate(self) -> dict[str, Any]:
+    def generate(self) -> dict[str, Any]:
         return {"model": self.model, "count": COUNT, "seed": 7}
 
-    def _evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, Any]:
         override = {"evaluation": RECIPE["evaluation"]}
         recipe = {"name": "cpu", "override": override}
         return {
@@ -167,7 +167,7 @@ class Chaos:
         try:
             jobs = {
                 kind: self.submit(kind, body, f"{seed}")
-                for kind, body in zip(KINDS, (self._finetune(), self._generate(), self._evaluate()), strict=True)
+                for kind, body in zip(KINDS, (self.finetune(), self.generate(), self.evaluate()), strict=True)
             }
             outcome.jobs = len(jobs)
             for kind, job in jobs.items():
@@ -180,8 +180,8 @@ class Chaos:
             inject.join()
             self.calm()
         for kind, job in jobs.items():
-            if self.ended(job) and (told := self.result(kind, job)) != self.quiet[kind]:
-                outcome.wrong.append(f"seed {seed}: {kind} {job}: {difference(self.quiet[kind], told)}")
+            if self.ended(job) and (found := difference(self.quiet[kind], self.result(kind, job))) is not None:
+                outcome.wrong.append(f"seed {seed}: {kind} {job}: {found}")
             faults = [self.store.get_json(key, TaskFault) for key in self.store.list(JobKeys(TENANT, job).faults_root)]
             outcome.recoveries["tasks tried again after a fault"] += len(faults)
         outcome.recoveries["processes started again"] += (self.rig.restarts - before).total()
@@ -289,8 +289,10 @@ def masked(text: str) -> str:
     return text
 
 
-def difference(quiet: Any, told: Any, path: str = "") -> str:
-    """The first place where two results differ."""
+def difference(quiet: Any, told: Any, path: str = "") -> str | None:
+    """The first place where two results differ, if any."""
+    if quiet == told:
+        return None
     if isinstance(quiet, dict) and isinstance(told, dict):
         for name in sorted(set(quiet) | set(told)):
             if quiet.get(name) != told.get(name):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,12 @@ def test_plain_diffusers_paints_with_it() -> None:
     ).images[0]
     assert painted.size == (128, 128)
     assert np.std(np.asarray(painted)[50:80, 50:80]) > 0
+
+
+def test_a_saved_model_does_not_tell_where_its_foundation_lay(built_in: foundation.Foundation, tmp_path: Path) -> None:
+    foundation.save(built_in, tmp_path)
+    told = [path.name for path in tmp_path.rglob("*.json") if str(foundation.BUILTIN) in path.read_text()]
+    assert told == []
 
 
 def test_drawings_follow_from_their_seed_and_stay_in_range() -> None:

@@ -85,12 +85,18 @@ def chaotic_run(client: redis.Redis, seed: int) -> Outcome:
         world.submit(spec)
         accepted.add(spec.id)
 
+    def stop(spec: Spec) -> None:
+        if spec.id in accepted:
+            world.cancel(spec)
+        else:  # Its id is not known yet.
+            world.at(1.0, lambda: stop(spec))
+
     for spec in specs:
         world.at(draw.uniform(0, COMING_SECONDS), lambda spec=spec: come(spec))  # type: ignore[misc]
     stopped = {spec.id for spec in specs if draw.random() < 0.1}
     for spec in specs:
         if spec.id in stopped:
-            world.at(draw.uniform(20, 70), lambda spec=spec: world.cancel(spec))  # type: ignore[misc]
+            world.at(draw.uniform(20, 70), lambda spec=spec: stop(spec))  # type: ignore[misc]
     moments = [draw.uniform(0, COMING_SECONDS + quiet_seconds) for _ in range(draw.randint(0, 8))]
     for moment in moments:
         name, what = draw.choice(list(mishaps(world, draw).items()))

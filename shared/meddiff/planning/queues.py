@@ -31,7 +31,12 @@ def celery_app(settings: Settings) -> Celery:
         worker_proc_alive_timeout=300,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport_options={"visibility_timeout": settings.visibility_timeout, "max_retries": 0},
+        broker_transport_options={
+            "visibility_timeout": settings.visibility_timeout,
+            "unacked_restore_interval": settings.redelivery_seconds,
+            "unacked_restore_throttle": 1,
+            "max_retries": 0,
+        },
     )
     return app
 

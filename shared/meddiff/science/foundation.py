@@ -92,6 +92,8 @@ def load(source: str | Path, dtype: torch.dtype, device: torch.device, unet_fold
     )
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **weights)
     text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32, **weights)
+    for network in (unet, vae):  # Else a saved model names the folder on this machine.
+        network.register_to_config(_name_or_path="")
     for network in (unet, vae, text_encoder):
         network.requires_grad_(network is unet).eval().to(device, memory_format=torch.channels_last)
     return Foundation(
