@@ -13,7 +13,7 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "scienc
 
 from meddiff.store.keys import JobKeys
 from rig import SERVICES, Rig
-from runs import ENDS_WITHIN, KINDS, TENANT, Chaos, difference, write_models
+from runs import ENDS_WITHIN, KINDS, TENANT, WORKERS, Chaos, difference, write_models
 
 RUNS = 4
 
@@ -50,15 +50,15 @@ def test_a_trainer_killed_twice_loses_no_more_than_the_segments_in_hand(chaos: C
 
 def test_a_redis_flushed_three_times_changes_no_pair(chaos: Chaos) -> None:
     job = chaos.submit("generate", chaos.generate(), "flushed")
-    keys = JobKeys(TENANT, job)
-    before = {}
     for shard in (0, 1, 2):
-        wait_for(chaos, job, keys.done("quality", shard))
+        wait_for(chaos, job, JobKeys(TENANT, job).done("quality", shard))
         chaos.rig.client().flushall()
-        before |= {key: chaos.store.modified(key) for key in chaos.store.list(keys.done_root)}
     chaos.end(job)
     assert difference(chaos.quiet["generate"], chaos.result("generate", job)) is None
-    assert {key: chaos.store.modified(key) for key in before} == before
+    lines = [line for name in WORKERS for line in chaos.rig.log_lines(name, "task done") if line["job"] == job]
+    again = len(lines) - len({(line["stage"], line["shard"]) for line in lines})
+    print(f"{again} of {len(lines)} tasks were done twice")
+    assert again <= 3 * (len(WORKERS) - 1)  # Each worker's task in hand, but the trainer's.
 
 
 def test_tasks_delivered_again_while_they_run_change_nothing(chaos: Chaos, tmp_path: Path) -> None:
