@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import diffusers
 import torch
@@ -13,14 +15,22 @@ import transformers
 from meddiff import __version__
 from meddiff.contracts.problems import ProblemError
 from meddiff.contracts.recipes import FoundationChoice, Quality, Recipe
+from meddiff.metrics import MODEL_LOADS
 from meddiff.science import encoders
 from meddiff.science import foundation as foundations
 from meddiff.science.foundation import Foundation
 from meddiff.settings import Settings
 from meddiff.store.objects import ObjectStore, StoreRefused
+from prometheus_client import REGISTRY
 
+from meddiff_services.gpu import Gpus
+
+if torch.cuda.is_available():
+    REGISTRY.register(Gpus())
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+
+T = TypeVar("T")
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -109,7 +119,7 @@ def _model(folder: Path, unet_folder: Path | None, dtype: torch.dtype, where: to
 def load_model(folder: Path, recipe: Recipe, settings: Settings, unet: str = "unet") -> Foundation:
     """The fine-tuned model in ``folder`` with the U-Net of that name, kept for the next task."""
     other = folder / unet if unet != "unet" else None
-    return _model(folder, other, DTYPES[recipe.foundation.dtype], device(settings))
+    return _counted(_model, folder, other, DTYPES[recipe.foundation.dtype], device(settings))
 
 
 @lru_cache(maxsize=2)
@@ -121,6 +131,14 @@ def load_encoder(quality: Quality, settings: Settings, store: ObjectStore) -> en
     """The recipe's encoder, kept for the next task."""
     source, where = resolve(quality.encoder_source, settings, store, "config.json"), device(settings)
     try:
-        return _encoder(quality.encoder, source, where)
+        return _counted(_encoder, quality.encoder, source, where)
     except (OSError, ValueError) as error:
         raise ProblemError("source-unreachable", f"the encoder {quality.encoder_source} cannot be loaded") from error
+
+
+def _counted(load: Callable[..., T], *what: object) -> T:
+    """What ``load`` gives, counted by whether its cache had it."""
+    before = load.cache_info().hits  # type: ignore[attr-defined]
+    found = load(*what)
+    MODEL_LOADS.labels("hit" if load.cache_info().hits > before else "miss").inc()  # type: ignore[attr-defined]
+    return found

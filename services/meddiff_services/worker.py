@@ -28,6 +28,7 @@ import celery
 import structlog
 from celery import signals
 from kombu.exceptions import OperationalError
+from meddiff import metrics
 from meddiff.contracts.jobs import Spec
 from meddiff.contracts.problems import ProblemError
 from meddiff.contracts.tasks import KILLED, Marker, Queue, Stage, Task, TaskFault
@@ -40,7 +41,7 @@ from meddiff.settings import Settings
 from meddiff.store.keys import JobKeys
 from meddiff.store.objects import NotFound, ObjectStore, StoreError, StoreUnavailable
 from meddiff.telemetry import configure_logs
-from prometheus_client import Counter, Histogram, start_http_server
+from prometheus_client import start_http_server
 from redis import RedisError
 
 HEARTBEAT_SECONDS = 3.0
@@ -50,14 +51,6 @@ STOP_CHECK_SECONDS = 1.0
 KEPT_MODELS = 4
 
 Result = Literal["done", "dropped", "stopped", "failed", "fault", "unavailable"]
-
-REDELIVERED = Counter("meddiff_tasks_redelivered_total", "Tasks that the broker delivered again", ("stage",))
-TASK_SECONDS = Histogram(
-    "meddiff_task_seconds",
-    "Seconds a task took",
-    ("stage", "result"),
-    buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000),
-)
 
 # Bytes shared by parent and child. The parent sets one on SIGTERM: the task stops at the next step, and another worker
 # takes it up. The child sets the other once it has imported its stages.
@@ -189,9 +182,12 @@ class _Lease:
     def _renew(self) -> None:
         while not self._left.wait(self._leases.seconds / 3):
             try:
-                self.lost = self.lost or not self._leases.take(self._task, self._token)
+                kept = self._leases.take(self._task, self._token)
             except RedisError:
                 continue
+            if not kept and not self.lost:
+                metrics.LEASES_LOST.labels(self._task.stage).inc()
+            self.lost = self.lost or not kept
 
 
 class Worker:
@@ -242,7 +238,7 @@ class Worker:
             log.warning("left to be sent again", error=type(error).__name__)
         finally:
             structlog.contextvars.clear_contextvars()
-        TASK_SECONDS.labels(task.stage, result).observe(time.monotonic() - started)
+        metrics.TASK_SECONDS.labels(task.stage, result).observe(time.monotonic() - started)
         return result
 
     def _look_soon(self, task: Task) -> None:
@@ -362,7 +358,7 @@ def main(service: str, queues: Sequence[Queue], stages: str) -> None:
     @app.task(name=RUN, bind=True)  # type: ignore[untyped-decorator]
     def run(self: celery.Task, tenant: str, job_id: str, stage: Stage, shard: int) -> None:
         if self.request.delivery_info.get("redelivered"):
-            REDELIVERED.labels(stage).inc()
+            metrics.TASKS_REDELIVERED.labels(stage).inc()
             log.info("task delivered again", tenant=tenant, job=job_id, stage=stage, shard=shard)
         worker.run(Task(tenant=tenant, job_id=job_id, stage=stage, shard=shard))
 

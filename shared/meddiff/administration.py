@@ -105,6 +105,25 @@ def fsck(
     raise typer.Exit(1 if counts["missing"] or counts["altered"] or (counts["orphan"] and not repair) else 0)
 
 
+@admin.command()
+def bucket(
+    access_key: Annotated[Path | None, typer.Option(help="A file: access key the service is to have.")] = None,
+    secret_key: Annotated[Path | None, typer.Option(help="A file: its secret key.")] = None,
+) -> None:
+    """Make the service's bucket, and in MinIO a user who may use that bucket and nothing else. Again changes nothing.
+
+    The credentials of the environment are those of the store's administrator.
+    """
+    with _store() as store:
+        store.ensure_bucket()
+        if access_key is not None and secret_key is not None:
+            from meddiff.settings import Settings
+            from meddiff.store.minio_admin import admit
+
+            admit(Settings(), access_key.read_text().strip(), secret_key.read_text().strip())
+    typer.echo(f"the bucket {store.bucket} is there")
+
+
 @contextmanager
 def _store() -> Iterator[ObjectStore]:
     """The service's store: that of the environment, else of the stack in ``STACK_FOLDER``. Faults end the command

@@ -1,4 +1,5 @@
-"""Every setting, from the environment (``MEDDIFF_…``); secrets may come from files in ``/run/secrets``."""
+"""Every setting, from the environment (``MEDDIFF_…``); or from files of that name, in lower case, in
+``/run/secrets``: there a secret belongs. The environment goes first."""
 
 from __future__ import annotations
 
@@ -7,11 +8,15 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+SECRETS = Path("/run/secrets")
+
 
 class Settings(BaseSettings):
     """One process's settings. Each field is explained once, here."""
 
-    model_config = SettingsConfigDict(env_prefix="MEDDIFF_", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="MEDDIFF_", extra="ignore", secrets_dir=SECRETS if SECRETS.is_dir() else None
+    )
 
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis: queues, leases and caches")
     s3_endpoint: str = Field("127.0.0.1:9000", description="host:port of the S3 store as the services reach it")

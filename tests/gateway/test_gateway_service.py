@@ -16,6 +16,7 @@ from gateways import Gateway, started
 from jsonschema import Draft202012Validator
 from meddiff.embedded.servers import start_redis
 from meddiff.settings import Settings
+from prometheus_client.parser import text_string_to_metric_families
 from stored import archive, put_dataset
 
 PROBLEM_FIELDS = {"type", "title", "status", "detail", "instance", "errors"}
@@ -88,6 +89,23 @@ def test_metrics_count_requests_by_route(gateway: Gateway) -> None:
     text = gateway.http.get("/metrics").text
     assert 'meddiff_http_requests_total{method="GET",route="/jobs/{job_id}",status="404"}' in text
     assert "nonsense" not in text
+
+
+def test_metrics_tell_of_queues_by_tenants_weight_alone(gateway: Gateway) -> None:
+    dataset = put_dataset(gateway.store, gateway.tenant)
+    job = gateway.http.post("/finetune", json={"dataset_uri": dataset.id}).json()["id"]
+    told = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(gateway.http.get("/metrics").text)
+        for sample in family.samples
+    }
+    assert told["meddiff_redis_up",] == 1
+    assert told["meddiff_jobs_unfinished", "1"] >= 1
+    assert told["meddiff_queue_tasks_left", "training", "1"] >= 1
+    assert told["meddiff_queue_oldest_job_seconds", "masks", "1"] == 0
+    assert told["meddiff_jobs_accepted_total", "finetune"] >= 1
+    assert told["meddiff_store_calls_total", "done"] > 0
+    assert job not in gateway.http.get("/metrics").text
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from meddiff.contracts.problems import Fault, ProblemError
 from meddiff.contracts.recipes import CPU, Quality, Recipe, override
 from meddiff.contracts.requests import EvaluateRequest, FinetuneRequest, GenerateRequest
 from meddiff.importing import check_uri, is_dataset_id, load_dataset
+from meddiff.metrics import JOBS_ACCEPTED
 from meddiff.planning.dispatch import submit
 from meddiff.planning.observe import read_spec
 from meddiff.store.keys import DatasetKeys, JobKeys, idempotency
@@ -170,6 +171,7 @@ def _admitted(here: Backends, spec: Spec) -> Spec:
 
 def _submitted(here: Backends, spec: Spec) -> Spec:
     submit(here.store, spec)
+    JOBS_ACCEPTED.labels(spec.kind).inc()
     return spec
 
 

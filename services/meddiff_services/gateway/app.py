@@ -43,7 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.backends = backends
-    app.state.metrics = Metrics()
+    app.state.metrics = Metrics(backends.leases)
     app.state.keys = access.Keys(backends.store)
     problems.install(app)
     for resource in (jobs, pictures, datasets, models, access, recipes, schemas, health):

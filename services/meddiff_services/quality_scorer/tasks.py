@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import torch
-from meddiff import __version__, signatures
+from meddiff import __version__, metrics, signatures
 from meddiff.contracts.base import sha256_hex
 from meddiff.contracts.dataset import Case, Dataset
 from meddiff.contracts.jobs import EvaluateSpec, FinetuneSpec
@@ -112,6 +112,8 @@ def _judged(
     data = {what: work.store.get(work.keys.candidate(candidate.index, what)) for what in ("image", "shape", "guide")}
     image, shape, guide = decode_png(data["image"]), decode_mask(data["shape"]), decode_mask(data["guide"])
     reason, scores = quality.judge(reference, encoder, image, shape, recipe.quality)
+    metrics.CANDIDATES.labels(reason or "accepted").inc()
+    metrics.SIMILARITY.observe(scores.nearest_real)
     signature = signatures.of(shape)
     if reason is not None:
         rejected = Rejected(index=candidate.index, reason=reason, scores=scores)

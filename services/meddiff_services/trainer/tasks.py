@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from meddiff import __version__
+from meddiff import __version__, metrics
 from meddiff.contracts.manifest import Component
 from meddiff.contracts.models import ModelCard
 from meddiff.contracts.tasks import Marker, Stage
@@ -87,6 +87,8 @@ def _segment(work: Work, part: Stage, steps: int, segment_steps: int, train: Tra
 
     def on_step(entry: StepLog) -> None:
         log.append(entry)
+        metrics.TRAINING_STEPS.labels(part).inc()
+        metrics.TRAINING_LOSS.labels(part).set(entry.loss)
         lately = float(np.median([one.seconds for one in log[-LATELY:]]))
         work.tell(entry.step, steps, "steps", loss=entry.loss, learning_rate=entry.learning_rate, seconds=lately)
 

@@ -11,6 +11,7 @@ from redis import RedisError
 from meddiff.contracts.base import Stored
 from meddiff.contracts.jobs import End, Spec
 from meddiff.contracts.tasks import Queue, Task
+from meddiff.metrics import JOBS_ENDED
 from meddiff.planning.leases import Leases
 from meddiff.planning.observe import observe, read_spec
 from meddiff.planning.plan import Ending, plan
@@ -148,6 +149,7 @@ def finish(store: ObjectStore, spec: Spec, ending: Ending) -> None:
         status=ending.status, finished_at=datetime.now(UTC), result=ending.result, problem=ending.problem
     )  # fmt: skip
     if store.create_json(JobKeys(spec.tenant, spec.id).end, end):
+        JOBS_ENDED.labels(spec.kind, ending.status).inc()
         log.info("job ended", tenant=spec.tenant, job=spec.id, status=ending.status)
     store.delete([active(spec.tenant, spec.id)])
 

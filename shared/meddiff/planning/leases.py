@@ -128,7 +128,7 @@ class Leases:
     def expired(self) -> list[tuple[str, str]]:
         """(tenant, job id) of tasks whose lease has run out since this was last asked: their messages are lost, or who
         ran them is gone."""
-        found = cast(list[bytes], self._run(scripts.EXPIRED, (), *_QUEUES))
+        found = cast(list[bytes], self._run(scripts.EXPIRED, (), *QUEUES))
         return sorted({(name[0], name[1]) for name in (task.decode().split("/") for task in found)})
 
     def in_flight(self, queue: Queue) -> int:
@@ -192,13 +192,13 @@ class Leases:
         """The job has something due in ``queues`` and in no other; ``place`` orders the jobs of a tenant; ``left``:
         how many of its tasks are not done yet, for those who wait behind it."""
         due = set(queues)
-        flags = [item for queue in _QUEUES for item in (queue, int(queue in due))]
+        flags = [item for queue in QUEUES for item in (queue, int(queue in due))]
         self.client.eval(scripts.OFFER, 0, tenant, job_id, str(place), *flags)
         self.client.hset("left", f"{tenant}/{job_id}", json.dumps([place, left]))
 
     def withdraw(self, tenant: str, job_id: str, queue: Queue | None = None) -> None:
         """The job has nothing due in ``queue``; without one, it has ended."""
-        flags = [item for one in _QUEUES if queue in (None, one) for item in (one, 0)]
+        flags = [item for one in QUEUES if queue in (None, one) for item in (one, 0)]
         self.client.eval(scripts.OFFER, 0, tenant, job_id, "0", *flags)
         if queue is None:
             self.client.zrem("look", f"{tenant}/{job_id}")
@@ -208,20 +208,44 @@ class Leases:
         """Who has something left to do in each queue, and how much, where a task of a stage takes what it ``took``. A
         job is in the line that it needs longest: in the others it waits for itself."""
         running: Counter[tuple[str, Stage]] = Counter()
-        for queue in _QUEUES:
+        for queue in QUEUES:
             for task in cast(list[bytes], self._run(scripts.BEYOND, [f"running:{queue}"])):
                 tenant, job_id, stage, _ = task.decode().split("/")
                 running[f"{tenant}/{job_id}", cast(Stage, stage)] += 1
-        found: dict[Queue, list[InLine]] = {queue: [] for queue in _QUEUES}
-        for job, told in cast(dict[bytes, bytes], self.client.hgetall("left")).items():
-            tenant, job_id = job.decode().split("/")
-            place, left = json.loads(told)
+        found: dict[Queue, list[InLine]] = {queue: [] for queue in QUEUES}
+        for (tenant, job_id), (place, left) in self.left().items():
             seconds: defaultdict[Queue, float] = defaultdict(float)
             for stage, tasks in left.items():
-                seconds[QUEUE_OF[stage]] += max(0, tasks - running[job.decode(), stage]) * took.get(stage, 1.0)
+                waiting = max(0, tasks - running[f"{tenant}/{job_id}", stage])
+                seconds[QUEUE_OF[stage]] += waiting * took.get(stage, 1.0)
             queue = max(seconds, key=lambda queue: seconds[queue] / max(1, workers[queue]))
             found[queue].append(InLine(tenant=tenant, job_id=job_id, place=place, seconds=seconds[queue]))
         return found
+
+    def left(self) -> dict[tuple[str, str], tuple[float, dict[Stage, int]]]:
+        """By tenant and job that has not ended: its place, and how many of its tasks are not done."""
+        told = cast(dict[bytes, bytes], self.client.hgetall("left"))
+        found = {}
+        for job, value in told.items():
+            tenant, job_id = job.decode().split("/")
+            place, left = json.loads(value)
+            found[tenant, job_id] = (float(place), left)
+        return found
+
+    def due(self, queue: Queue) -> list[tuple[str, str]]:
+        """(tenant, job id) of those that have something due in ``queue``."""
+        tenants = cast(list[bytes], self.client.zrange(f"turns:{queue}", 0, -1))
+        names = [tenant.decode() for tenant in tenants]
+        return [
+            (name, job.decode())
+            for name in names
+            for job in cast(list[bytes], self.client.zrange(f"turns:{queue}:{name}", 0, -1))
+        ]
+
+    def tasks(self, queue: Queue) -> tuple[int, int]:
+        """Tasks of ``queue`` that were sent and wait, and that run."""
+        sent, running = self._count(f"sent:{queue}", f"running:{queue}")
+        return sent, running
 
     def next_turn(self, queue: Queue) -> tuple[str, str] | None:
         """(tenant, job id) of who is next in ``queue``: of the tenants with something due the one that has had least,
@@ -246,7 +270,7 @@ class Leases:
 
     def workers(self) -> dict[Queue, int]:
         """Live workers of every queue."""
-        return dict(zip(_QUEUES, self._count(*(f"workers:{queue}" for queue in _QUEUES)), strict=True))
+        return dict(zip(QUEUES, self._count(*(f"workers:{queue}" for queue in QUEUES)), strict=True))
 
     def learn(self, stage: Stage, seconds: float) -> None:
         """A task of ``stage`` took so long."""
@@ -297,7 +321,7 @@ class Leases:
         return int(self.seconds * 1000)
 
 
-_QUEUES: tuple[Queue, ...] = tuple(sorted(set(QUEUE_OF.values())))
+QUEUES: tuple[Queue, ...] = tuple(sorted(set(QUEUE_OF.values())))
 
 
 def _some_at_once(items: Sequence[T]) -> Iterator[Sequence[T]]:

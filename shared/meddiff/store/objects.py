@@ -18,6 +18,7 @@ from minio.error import InvalidResponseError, S3Error, ServerError
 from pydantic import BaseModel
 
 from meddiff.contracts.base import canonical_json
+from meddiff.metrics import STORE_CALLS
 from meddiff.settings import Settings
 from meddiff.store.retry import RetryPolicy
 
@@ -252,8 +253,19 @@ class ObjectStore:
 
     def _guard(self, attempt: Callable[[], T], key: str | None = None, retry: RetryPolicy | None = None) -> T:
         """``attempt`` under the retry policy, its errors in this module's terms."""
+
+        def counted() -> T:
+            try:
+                result = attempt()
+            except _CLIENT_ERRORS as error:
+                missing = isinstance(error, S3Error) and error.code in _MISSING
+                STORE_CALLS.labels("done" if missing else "unavailable" if _is_transient(error) else "refused").inc()
+                raise
+            STORE_CALLS.labels("done").inc()
+            return result
+
         try:
-            return (retry or self._retry)(attempt, _is_transient)
+            return (retry or self._retry)(counted, _is_transient)
         except _CLIENT_ERRORS as error:
             code = error.code if isinstance(error, S3Error) else type(error).__name__
             if key is not None and code in _MISSING:

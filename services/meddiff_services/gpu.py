@@ -1,0 +1,26 @@
+"""Memory and use of this process's GPU, read when Prometheus asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+
+class Gpus(Collector):
+    """Every CUDA device that the process sees. Use needs ``nvidia-ml-py``; without it only memory is told."""
+
+    def collect(self) -> Iterator[Metric]:
+        memory = GaugeMetricFamily("meddiff_gpu_memory_bytes", "Memory of a GPU", labels=["device", "state"])
+        use = GaugeMetricFamily("meddiff_gpu_utilization_ratio", "Share of time a kernel ran", labels=["device"])
+        for n in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(n)
+            memory.add_metric([str(n), "used"], total - free)
+            memory.add_metric([str(n), "free"], free)
+            try:
+                use.add_metric([str(n)], torch.cuda.utilization(n) / 100)
+            except (ModuleNotFoundError, RuntimeError):
+                continue
+        yield from (memory, use)
