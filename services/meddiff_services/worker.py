@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from uuid import uuid4
 
 import celery
@@ -369,6 +369,11 @@ def main(service: str, queues: Sequence[Queue], stages: str) -> None:
             log.error("worker cannot start", error=f"{type(error).__name__}: {error}", trace=_places(error))
             os.kill(os.getppid(), signal.SIGTERM)
             return
+        for stage in worker.stages:
+            metrics.LEASES_LOST.labels(stage)
+            metrics.TASKS_REDELIVERED.labels(stage)
+            for result in get_args(Result):
+                metrics.TASK_SECONDS.labels(stage, result)
         if settings.metrics_port is not None:
             start_http_server(settings.metrics_port, addr=settings.host)
         _ready[0] = 1

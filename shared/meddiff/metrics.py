@@ -6,7 +6,11 @@ A process counts what happens in it; what is known of queues and jobs as a whole
 
 from __future__ import annotations
 
+from typing import get_args
+
 from prometheus_client import Counter, Gauge, Histogram
+
+from meddiff.contracts.jobs import EndStatus, Kind
 
 STORE_CALLS = Counter("meddiff_store_calls", "Calls of the object store, retries included", ["outcome"])
 JOBS_ACCEPTED = Counter("meddiff_jobs_accepted", "Jobs accepted, child jobs of evaluations not counted", ["kind"])
@@ -30,3 +34,11 @@ SIMILARITY = Histogram(
 MODEL_LOADS = Counter(
     "meddiff_model_cache_requests", "Models and encoders asked for: found in memory, or loaded", ["result"]
 )
+
+# What has a known set of labels starts at 0, so that a rate is known from the first event on.
+for _outcome in ("done", "unavailable", "refused"):
+    STORE_CALLS.labels(_outcome)
+for _kind in get_args(Kind):
+    JOBS_ACCEPTED.labels(_kind)
+    for _status in get_args(EndStatus):
+        JOBS_ENDED.labels(_kind, _status)

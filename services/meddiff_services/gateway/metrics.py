@@ -32,6 +32,8 @@ class Metrics:
             "meddiff_http_request_duration_seconds", "Time to answer", ["method", "route"], registry=self.registry
         )
         self.sweeps = Counter("meddiff_sweeps_total", "Sweeps of active jobs", ["outcome"], registry=self.registry)
+        for outcome in ("led", "followed", "failed"):
+            self.sweeps.labels(outcome)
 
     def text(self) -> bytes:
         """The application's metrics and the process's, in Prometheus's text format."""

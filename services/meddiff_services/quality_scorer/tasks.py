@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import get_args
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from meddiff.contracts.manifest import (
     Manifest,
     Pair,
     Picture,
+    Reason,
     Rejected,
     Scores,
 )
@@ -229,6 +231,9 @@ def _contact_sheet(work: Work, pairs: tuple[Pair, ...]) -> bytes:
     captions = [f"{pair.index}: {pair.scores.nearest_real:.2f} to the nearest real" for pair in pairs]
     return sheet(rows, header, captions, side=112, groups=2)
 
+
+for _outcome in ("accepted", *get_args(Reason)):
+    metrics.CANDIDATES.labels(_outcome)
 
 STAGES: dict[Stage, Callable[[Work], Outcome]] = {
     "import": import_,
