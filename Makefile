@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 COUNT ?= 32
 
-.PHONY: demo test test-slow simulate fleet chaos fuzz check up down format
+.PHONY: demo test test-slow simulate fleet chaos smoke fuzz check up down format
 
 demo: $(VENV)/installed  ## the main job, end to end; DATASET=folder and COUNT=n change what it works on
 	$(BIN)/meddiff demo --count $(COUNT) $(if $(DATASET),--dataset "$(DATASET)")
@@ -20,17 +20,23 @@ simulate: $(VENV)/installed  ## the planner under a discrete clock, RUNS times w
 fleet: $(VENV)/installed  ## the planner's cost and its estimates, from 10 jobs to 10000
 	$(BIN)/python tests/simulation $(addprefix --fleet ,$(or $(FLEETS),10:1 100:8 1000:40 10000:200))
 
+smoke: $(VENV)/installed  ## the compose stack built, brought up, used and taken down; ENGINE, COMPOSE and STORE as it says
+	deploy/smoke.sh
+
 chaos: $(VENV)/installed  ## the services under fire, RUNS times
 	$(BIN)/python tests/chaos $(or $(RUNS),40)
 
 fuzz: $(VENV)/installed  ## the gateway against its OpenAPI, EXAMPLES an operation
 	EXAMPLES=$(or $(EXAMPLES),500) $(BIN)/pytest -s tests/gateway/test_fuzz.py
 
-check: $(VENV)/installed  ## format, lint, types, arrows between packages
+check: $(VENV)/installed  ## format, lint, types, arrows between packages, what is deployed, secrets
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint deploy/*.Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml deploy/compose.gpu.yml
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files 'rows\.jsonl'
 
 up: $(VENV)/installed  ## the embedded stack, in the background
 	$(BIN)/meddiff up

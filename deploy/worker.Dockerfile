@@ -4,11 +4,11 @@
 # The CUDA build of torch brings its own CUDA libraries: the host gives the driver alone.
 FROM docker.io/library/python:3.11-slim-bookworm AS build
 ARG ACCELERATOR=cpu
-WORKDIR /src
-COPY constraints.txt pyproject.toml README.md LICENSE ./
 RUN python -m venv /opt/meddiff \
  && /opt/meddiff/bin/pip install --no-cache-dir --quiet --no-deps \
       --extra-index-url "https://download.pytorch.org/whl/${ACCELERATOR}" "torch==2.13.0+${ACCELERATOR}"
+WORKDIR /src
+COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY shared ./shared
 COPY services ./services
 RUN /opt/meddiff/bin/pip install --no-cache-dir --quiet --constraint constraints.txt ".[worker]" \
