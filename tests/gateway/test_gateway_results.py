@@ -28,8 +28,9 @@ def test_manifest_is_valid_against_the_published_schema(gateway: Gateway) -> Non
     assert list(Draft202012Validator(schema).iter_errors(manifest))
 
 
-def test_the_schema_in_docs_is_current(tmp_path: Path) -> None:
+def test_schemas_and_settings_in_docs_are_current(tmp_path: Path) -> None:
     write(tmp_path)
+    assert (ROOT / "docs" / "settings.md").read_bytes() == (tmp_path / "settings.md").read_bytes()
     for name, schema in (("manifest.schema.json", manifest_schema()), ("report.schema.json", report_schema())):
         assert (ROOT / "docs" / name).read_bytes() == (tmp_path / name).read_bytes()
         assert json.loads((tmp_path / name).read_text()) == schema

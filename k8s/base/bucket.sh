@@ -1,0 +1,11 @@
+#!/bin/sh
+# Makes the bucket with the administrator's credentials, and in MinIO the service's user.
+set -eu
+MEDDIFF_S3_ACCESS_KEY=$(cat /run/secrets/store_admin_access_key)
+MEDDIFF_S3_SECRET_KEY=$(cat /run/secrets/store_admin_secret_key)
+export MEDDIFF_S3_ACCESS_KEY MEDDIFF_S3_SECRET_KEY
+case "$STORE" in
+  *minio*) exec meddiff admin bucket --access-key /run/secrets/meddiff_s3_access_key \
+    --secret-key /run/secrets/meddiff_s3_secret_key ;;
+  *) exec meddiff admin bucket ;;
+esac

@@ -1,0 +1,82 @@
+"""What is deployed agrees with the code and the documentation."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from meddiff import metrics
+from meddiff.contracts.tasks import Queue
+from meddiff.planning.leases import Leases
+from meddiff.settings import Settings
+from meddiff_services.gateway.metrics import Metrics
+from prometheus_client import REGISTRY
+
+ROOT = Path(__file__).parents[2]
+RULES = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())
+ALERTS = [rule for group in RULES["groups"] for rule in group["rules"]]
+DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/meddiff.json").read_text())
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", ())]
+GPU = {"meddiff_gpu_memory_bytes", "meddiff_gpu_utilization_ratio"}  # Of a process that sees a GPU.
+QUEUES = {"meddiff_redis_up", "meddiff_workers", "meddiff_queue_tasks", "meddiff_queue_tasks_left"} | {
+    "meddiff_queue_oldest_job_seconds", "meddiff_jobs_unfinished",
+}  # fmt: skip
+
+
+def known(settings: Settings) -> set[str]:
+    """Names of every series that a service may tell."""
+    registries = (REGISTRY, Metrics(Leases.connect(settings.redis_url, 60)).registry)
+    families = [family for registry in registries for family in registry.collect()]
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+    assert metrics.STORE_CALLS in REGISTRY._collector_to_names
+    return GPU | QUEUES | {family.name + end for family in families for end in suffixes.get(family.type, ("",))}
+
+
+def test_alerts_and_dashboard_ask_for_what_there_is(settings: Settings) -> None:
+    asked = set(re.findall(r"\bmeddiff_\w+", " ".join([*QUERIES, *(alert["expr"] for alert in ALERTS)])))
+    assert asked - known(settings) == set()
+
+
+def test_every_alert_has_a_test_and_a_line_in_the_runbook() -> None:
+    tested = (ROOT / "deploy/prometheus/alerts.test.yml").read_text()
+    book = (ROOT / "docs/operations.md").read_text()
+    for alert in ALERTS:
+        name = alert["alert"]
+        assert re.search(rf"- name: {name}\n", tested), name
+        assert re.search(rf"^### {name}\n\S", book, re.MULTILINE), name
+        assert alert["annotations"]["runbook"] == f"docs/operations.md#{name.lower()}"
+
+
+def test_scripts_are_the_same_in_compose_and_kubernetes() -> None:
+    for name in ("redis.sh", "bucket.sh"):
+        assert (ROOT / "deploy" / name).read_bytes() == (ROOT / "k8s/base" / name).read_bytes()
+
+
+def test_every_queue_is_scaled() -> None:
+    scaling = (ROOT / "k8s/keda/scaling.yaml").read_text()
+    assert [queue for queue in get_args(Queue) if queue not in scaling] == []
+
+
+@pytest.mark.parametrize("name", sorted(COMPOSE["services"]))
+def test_every_container_is_hardened(name: str) -> None:
+    service: dict[str, Any] = COMPOSE["services"][name]
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["user"] != "0:0" or service["network_mode"] == "none"  # Gives the volumes to their users, and ends.
+    assert not [
+        key for key, value in (service.get("environment") or {}).items() if "PASSWORD" in key and "FILE" not in key
+    ]
+
+
+def test_settings_in_compose_and_kubernetes_exist() -> None:
+    names = {f"MEDDIFF_{name.upper()}" for name in Settings.model_fields}
+    text = (ROOT / "k8s/base/settings.env").read_text()
+    used = {key for service in COMPOSE["services"].values() for key in service.get("environment") or {}}
+    used |= {line.partition("=")[0] for line in text.splitlines()}
+    assert {name for name in used if name.startswith("MEDDIFF_")} - names == set()
