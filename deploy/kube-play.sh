@@ -1,0 +1,53 @@
+#!/bin/bash
+# Plays the manifests of k8s/podman, which are those of k8s/base but for what podman does not know, with podman on this
+# machine; runs a fine-tune and a generate job on them and takes them away again. Images: those deploy/smoke.sh built.
+#   deploy/kube-play.sh        needs podman, and kubectl for kustomize
+set -euo pipefail
+cd "$(dirname "$0")/.."
+tag=${MEDDIFF_TAG:-smoke}
+python=${PYTHON:-.venv/bin/python}
+scratch=$(mktemp -d)
+deploy/secrets.sh
+base64_of() { base64 -w0 < "$1"; }
+secret() { # name, then key=file
+  printf -- '---\napiVersion: v1\nkind: Secret\nmetadata: {name: %s}\ndata:\n' "$1"; shift
+  for pair in "$@"; do printf '  %s: %s\n' "${pair%%=*}" "$(base64_of "${pair#*=}")"; done
+}
+files=deploy/secrets
+printf 'redis://:%s@127.0.0.1:6379/0' "$(cat $files/redis_password)" > "$scratch/url"
+services=(meddiff_redis_url="$scratch/url" meddiff_s3_access_key=$files/meddiff_s3_access_key meddiff_s3_secret_key=$files/meddiff_s3_secret_key)
+admin=(store_admin_access_key=$files/store_admin_access_key store_admin_secret_key=$files/store_admin_secret_key)
+{
+  secret meddiff-service "${services[@]}"
+  secret meddiff-redis redis_password=$files/redis_password
+  secret meddiff-all "${services[@]}" "${admin[@]}"
+} > "$scratch/secrets.yaml"
+kubectl kustomize k8s/podman | sed "s#image: meddiff/\(gateway\|worker\)\$#image: localhost/meddiff/\1:$tag#" > "$scratch/all.yaml"
+leave() {
+  [ $? = 0 ] || podman ps -a --format '{{.Names}} {{.Status}}'
+  podman kube down "$scratch/all.yaml" > /dev/null 2>&1 || podman play kube --down "$scratch/all.yaml" > /dev/null 2>&1 || true
+  podman kube down "$scratch/secrets.yaml" > /dev/null 2>&1 || true
+  rm -rf "$scratch"
+}
+trap leave EXIT
+podman kube play "$scratch/secrets.yaml" > /dev/null
+podman kube play "$scratch/all.yaml" > "$scratch/played"
+ready() { "$python" - <<'P'
+import sys, time, httpx
+deadline = time.monotonic() + 300
+while time.monotonic() < deadline:
+    try:
+        lines = httpx.get("http://127.0.0.1:8080/metrics").text.splitlines()
+        live = [line for line in lines if line.startswith("meddiff_workers{") and float(line.rpartition(" ")[2]) > 0]
+        if len(live) == 5 and httpx.get("http://127.0.0.1:8080/readyz").is_success:
+            sys.exit(0)
+    except httpx.TransportError:
+        pass
+    time.sleep(1)
+sys.exit("not ready within 300 s")
+P
+}
+ready
+key=$(podman exec gateway-pod-gateway meddiff admin keys create --tenant smoke --role admin | tail -1 | tr -d '\r\n')
+"$python" deploy/smoke.py work --state "$scratch/state.json" --address http://127.0.0.1:8080 --key "$key"
+podman ps --format '{{.Names}} {{.Status}}'
