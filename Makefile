@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 COUNT ?= 32
 
-.PHONY: demo test test-slow simulate fleet chaos smoke fuzz check up down format
+.PHONY: demo test test-slow simulate fleet chaos smoke k8s fuzz check up down format
 
 demo: $(VENV)/installed  ## the main job, end to end; DATASET=folder and COUNT=n change what it works on
 	$(BIN)/meddiff demo --count $(COUNT) $(if $(DATASET),--dataset "$(DATASET)")
@@ -22,6 +22,9 @@ fleet: $(VENV)/installed  ## the planner's cost and its estimates, from 10 jobs 
 
 smoke: $(VENV)/installed  ## the compose stack built, brought up, used and taken down; ENGINE, COMPOSE and STORE as it says
 	deploy/smoke.sh
+
+k8s: $(VENV)/installed  ## every overlay against the schemas; needs kubectl
+	$(BIN)/python k8s/validate.py
 
 chaos: $(VENV)/installed  ## the services under fire, RUNS times
 	$(BIN)/python tests/chaos $(or $(RUNS),40)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any, get_args
 
@@ -80,3 +81,15 @@ def test_settings_in_compose_and_kubernetes_exist() -> None:
     used = {key for service in COMPOSE["services"].values() for key in service.get("environment") or {}}
     used |= {line.partition("=")[0] for line in text.splitlines()}
     assert {name for name in used if name.startswith("MEDDIFF_")} - names == set()
+
+
+def test_manifests_are_judged_strictly() -> None:
+    """``k8s/validate.py`` finds what is wrong in a resource of Kubernetes and in a custom one."""
+    judge = runpy.run_path(str(ROOT / "k8s/validate.py"))["faults"]
+    redis, *_ = yaml.safe_load_all((ROOT / "k8s/base/redis.yaml").read_text())
+    scaled, *_ = yaml.safe_load_all((ROOT / "k8s/keda/scaling.yaml").read_text())
+    assert judge(redis) == judge(scaled) == []
+    redis["spec"]["replcas"] = 1
+    scaled["spec"]["maxReplicaCount"] = "4"
+    assert "replcas" in judge(redis)[0]
+    assert "'4'" in judge(scaled)[0]
