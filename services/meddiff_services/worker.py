@@ -89,7 +89,7 @@ class Work:
         self.stage = task.stage
         self.shard = task.shard
         self.keys = JobKeys(task.tenant, task.job_id)
-        self.log = structlog.get_logger().bind(tenant=task.tenant, job=task.job_id, stage=task.stage, shard=task.shard)
+        self.log = structlog.get_logger()
         self._task = task
         self._leases = leases
         self._lease = lease
@@ -251,6 +251,7 @@ class Worker:
             spec = read_spec(self.store, task.tenant, task.job_id)
         except NotFound:
             return "dropped"
+        structlog.contextvars.bind_contextvars(trace=spec.trace_id)
         if any(self.store.exists(key) for key in (keys.end, keys.cancel, keys.done(task.stage, task.shard))):
             self.leases.release(task)
             return "dropped"

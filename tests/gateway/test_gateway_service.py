@@ -15,6 +15,7 @@ import pytest
 from gateways import Gateway, started
 from jsonschema import Draft202012Validator
 from meddiff.embedded.servers import start_redis
+from meddiff.planning.observe import read_spec
 from meddiff.settings import Settings
 from prometheus_client.parser import text_string_to_metric_families
 from stored import archive, put_dataset
@@ -89,6 +90,17 @@ def test_metrics_count_requests_by_route(gateway: Gateway) -> None:
     text = gateway.http.get("/metrics").text
     assert 'meddiff_http_requests_total{method="GET",route="/jobs/{job_id}",status="404"}' in text
     assert "nonsense" not in text
+
+
+def test_a_callers_trace_is_the_jobs(gateway: Gateway) -> None:
+    dataset = put_dataset(gateway.store, gateway.tenant)
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"  # pragma: allowlist secret
+    headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+    answer = gateway.http.post("/finetune", json={"dataset_uri": dataset.id}, headers=headers)
+    assert answer.headers["x-trace-id"] == trace
+    assert read_spec(gateway.store, gateway.tenant, answer.json()["id"]).trace_id == trace
+    others = {gateway.http.get("/healthz", headers=told).headers["x-trace-id"] for told in ({}, {"traceparent": "x"})}
+    assert len(others - {trace}) == 2
 
 
 def test_metrics_tell_of_queues_by_tenants_weight_alone(gateway: Gateway) -> None:

@@ -55,7 +55,8 @@ async def _admitted(
     acted upon. Raises ``ProblemError`` ``unauthenticated`` or ``forbidden``."""
     key = await _key(request, here, credentials)
     tenant, key_id = (here.settings.tenant, None) if key is None else (key.tenant, key.id)
-    asked = replace(here, tenant=tenant, key_id=key_id, role="admin" if key is None else key.role)
+    role = "admin" if key is None else key.role
+    asked = replace(here, tenant=tenant, key_id=key_id, role=role, trace_id=request.state.trace_id)
     request.state.tenant, request.state.key_id = tenant, key_id
     needed = NEEDED[request.method]
     if needed != "reader":

@@ -23,7 +23,8 @@ IMPATIENT = RetryPolicy(first=0.05, deadline=1.0)
 @dataclass(frozen=True)
 class Backends:
     """``store`` and ``leases`` give up early: a caller can ask again, and a job that was accepted is planned by the
-    sweep. ``tenant``, ``key_id`` and ``role`` are those of who asks."""
+    sweep. ``tenant``, ``key_id`` and ``role`` are those of who asks,
+    ``trace_id`` is the request's."""
 
     settings: Settings
     store: ObjectStore
@@ -34,6 +35,7 @@ class Backends:
     tenant: str = ""
     key_id: str | None = None
     role: Role = "reader"
+    trace_id: str | None = None
 
     @classmethod
     def connect(cls, settings: Settings) -> Backends:

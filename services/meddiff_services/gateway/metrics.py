@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 import time
 from collections import Counter as Counted
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = structlog.get_logger()
+
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class Metrics:
@@ -112,11 +116,14 @@ class Observed:
             return
         begun = time.perf_counter()
         status = 500
+        trace_id = _trace_id(scope)
+        scope.setdefault("state", {})["trace_id"] = trace_id
 
         async def observed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-trace-id", trace_id.encode())]
             await send(message)
 
         try:
@@ -135,4 +142,13 @@ class Observed:
                 seconds=round(seconds, 4),
                 tenant=state.get("tenant"),
                 key=state.get("key_id"),
+                trace=trace_id,
             )
+
+
+def _trace_id(scope: Scope) -> str:
+    """That of the caller's ``traceparent`` header (W3C Trace Context), or a new one."""
+    for name, value in scope["headers"]:
+        if name == b"traceparent" and (found := _TRACEPARENT.fullmatch(value)):
+            return str(found[1].decode())
+    return secrets.token_hex(16)

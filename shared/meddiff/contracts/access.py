@@ -16,6 +16,8 @@ audit record. Each may what those before it may."""
 ROLES: tuple[Role, ...] = ("reader", "operator", "admin")
 
 KeyId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
+TraceId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+"""Of W3C Trace Context: in the log lines of a request, and of every task of the job that it asked for."""
 
 
 class ApiKey(Stored):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Literal
 
-from meddiff.contracts.access import KeyId
+from meddiff.contracts.access import KeyId, TraceId
 from meddiff.contracts.base import Contract, DatasetId, JobId, ModelId, Stored, Tenant
 from meddiff.contracts.problems import Problem
 from meddiff.contracts.recipes import Recipe
@@ -25,6 +25,7 @@ class FinetuneSpec(Stored):
     id: JobId
     created_at: datetime
     requested_by: KeyId | None = None
+    trace_id: TraceId | None = None
     request: FinetuneRequest
     recipe: Recipe
     model_id: ModelId
@@ -39,6 +40,7 @@ class GenerateSpec(Stored):
     id: JobId
     created_at: datetime
     requested_by: KeyId | None = None
+    trace_id: TraceId | None = None
     request: GenerateRequest
     recipe: Recipe
     model_id: ModelId
@@ -55,6 +57,7 @@ class EvaluateSpec(Stored):
     id: JobId
     created_at: datetime
     requested_by: KeyId | None = None
+    trace_id: TraceId | None = None
     request: EvaluateRequest
     recipe: Recipe
     model_id: ModelId | None = None

@@ -150,7 +150,7 @@ def finish(store: ObjectStore, spec: Spec, ending: Ending) -> None:
     )  # fmt: skip
     if store.create_json(JobKeys(spec.tenant, spec.id).end, end):
         JOBS_ENDED.labels(spec.kind, ending.status).inc()
-        log.info("job ended", tenant=spec.tenant, job=spec.id, status=ending.status)
+        log.info("job ended", tenant=spec.tenant, job=spec.id, status=ending.status, trace=spec.trace_id)
     store.delete([active(spec.tenant, spec.id)])
 
 

@@ -77,6 +77,7 @@ def finetunes(
                 id=job_id,
                 created_at=spec.created_at,
                 requested_by=spec.requested_by,
+                trace_id=spec.trace_id,
                 request=request,
                 recipe=spec.recipe,
                 model_id=model_id_of(job_id),
@@ -109,6 +110,7 @@ def generates(
                 id=child_id(spec.id, "generate", number),
                 created_at=spec.created_at,
                 requested_by=spec.requested_by,
+                trace_id=spec.trace_id,
                 request=GenerateRequest(
                     model=model_id,
                     count=count,
