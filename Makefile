@@ -39,7 +39,7 @@ check: $(VENV)/installed  ## format, lint, types, arrows between packages, what 
 	$(BIN)/lint-imports
 	$(BIN)/hadolint deploy/*.Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml deploy/compose.gpu.yml
-	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files 'rows\.jsonl'
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files 'rows\.jsonl' --exclude-lines 'secretName:'
 
 up: $(VENV)/installed  ## the embedded stack, in the background
 	$(BIN)/meddiff up

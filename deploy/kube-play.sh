@@ -14,7 +14,7 @@ secret() { # name, then key=file
   for pair in "$@"; do printf '  %s: %s\n' "${pair%%=*}" "$(base64_of "${pair#*=}")"; done
 }
 files=deploy/secrets
-printf 'redis://:%s@127.0.0.1:6379/0' "$(cat $files/redis_password)" > "$scratch/url"
+printf 'redis://:%s@redis-pod-0:6379/0' "$(cat $files/redis_password)" > "$scratch/url"
 services=(meddiff_redis_url="$scratch/url" meddiff_s3_access_key=$files/meddiff_s3_access_key meddiff_s3_secret_key=$files/meddiff_s3_secret_key)
 admin=(store_admin_access_key=$files/store_admin_access_key store_admin_secret_key=$files/store_admin_secret_key)
 {
@@ -26,12 +26,15 @@ kubectl kustomize k8s/podman | sed "s#image: meddiff/\(gateway\|worker\)\$#image
 leave() {
   [ $? = 0 ] || podman ps -a --format '{{.Names}} {{.Status}}'
   podman kube down "$scratch/all.yaml" > /dev/null 2>&1 || podman play kube --down "$scratch/all.yaml" > /dev/null 2>&1 || true
-  podman kube down "$scratch/secrets.yaml" > /dev/null 2>&1 || true
+  podman secret rm meddiff-service meddiff-redis meddiff-all > /dev/null 2>&1 || true
+  podman volume rm redis store > /dev/null 2>&1 || true
+  podman network rm meddiff-play > /dev/null 2>&1 || true
   rm -rf "$scratch"
 }
 trap leave EXIT
 podman kube play "$scratch/secrets.yaml" > /dev/null
-podman kube play "$scratch/all.yaml" > "$scratch/played"
+podman network exists meddiff-play || podman network create meddiff-play > /dev/null
+podman kube play --network meddiff-play "$scratch/all.yaml" > "$scratch/played" 2>&1 || { cat "$scratch/played"; exit 1; }
 ready() { "$python" - <<'P'
 import sys, time, httpx
 deadline = time.monotonic() + 300
@@ -48,6 +51,6 @@ sys.exit("not ready within 300 s")
 P
 }
 ready
-key=$(podman exec gateway-pod-gateway meddiff admin keys create --tenant smoke --role admin | tail -1 | tr -d '\r\n')
+key=$(podman exec gateway-pod-0-gateway meddiff admin keys create --tenant smoke --role admin | tail -1 | tr -d '\r\n')
 "$python" deploy/smoke.py work --state "$scratch/state.json" --address http://127.0.0.1:8080 --key "$key"
 podman ps --format '{{.Names}} {{.Status}}'
