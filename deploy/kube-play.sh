@@ -8,31 +8,19 @@ tag=${MEDDIFF_TAG:-smoke}
 python=${PYTHON:-.venv/bin/python}
 scratch=$(mktemp -d)
 deploy/secrets.sh
-base64_of() { base64 -w0 < "$1"; }
-secret() { # name, then key=file
-  printf -- '---\napiVersion: v1\nkind: Secret\nmetadata: {name: %s}\ndata:\n' "$1"; shift
-  for pair in "$@"; do printf '  %s: %s\n' "${pair%%=*}" "$(base64_of "${pair#*=}")"; done
-}
-files=deploy/secrets
-printf 'redis://:%s@redis-pod-0:6379/0' "$(cat $files/redis_password)" > "$scratch/url"
-services=(meddiff_redis_url="$scratch/url" meddiff_s3_access_key=$files/meddiff_s3_access_key meddiff_s3_secret_key=$files/meddiff_s3_secret_key)
-admin=(store_admin_access_key=$files/store_admin_access_key store_admin_secret_key=$files/store_admin_secret_key)
-{
-  secret meddiff-service "${services[@]}"
-  secret meddiff-redis redis_password=$files/redis_password
-  secret meddiff-all "${services[@]}" "${admin[@]}"
-} > "$scratch/secrets.yaml"
-kubectl kustomize k8s/podman | sed "s#image: meddiff/\(gateway\|worker\)\$#image: localhost/meddiff/\1:$tag#" > "$scratch/all.yaml"
+mkdir "$scratch/secrets"
+cp deploy/secrets/* "$scratch/secrets/"
+printf 'redis://:%s@redis-pod-0:6379/0' "$(cat deploy/secrets/redis_password)" > "$scratch/secrets/meddiff_redis_url"
+chmod -R a+rX "$scratch"
+kubectl kustomize k8s/podman | sed "s#image: meddiff/\(gateway\|worker\)\$#image: localhost/meddiff/\1:$tag#; s#/SECRETS#$scratch/secrets#" > "$scratch/all.yaml"
 leave() {
   [ $? = 0 ] || podman ps -a --format '{{.Names}} {{.Status}}'
   podman kube down "$scratch/all.yaml" > /dev/null 2>&1 || podman play kube --down "$scratch/all.yaml" > /dev/null 2>&1 || true
-  podman secret rm meddiff-service meddiff-redis meddiff-all > /dev/null 2>&1 || true
   podman volume rm redis store > /dev/null 2>&1 || true
   podman network rm meddiff-play > /dev/null 2>&1 || true
   rm -rf "$scratch"
 }
 trap leave EXIT
-podman kube play "$scratch/secrets.yaml" > /dev/null
 podman network exists meddiff-play || podman network create meddiff-play > /dev/null
 podman kube play --network meddiff-play "$scratch/all.yaml" > "$scratch/played" 2>&1 || { cat "$scratch/played"; exit 1; }
 ready() { "$python" - <<'P'
