@@ -77,7 +77,7 @@ class Queues(Collector):
         )
         oldest = GaugeMetricFamily(
             "meddiff_queue_oldest_job_seconds",
-            "Age of the oldest job with something due",
+            "Age of the oldest job that waits for a worker",
             labels=["queue", "tenant_class"],
         )
         jobs = GaugeMetricFamily("meddiff_jobs_unfinished", "Jobs that have not ended", labels=["tenant_class"])
@@ -92,7 +92,7 @@ class Queues(Collector):
             workers.add_metric([queue], count)
             for state, some in zip(("sent", "running"), leases.tasks(queue), strict=True):
                 tasks.add_metric([queue, state], some)
-            ages = [(self._class(tenant), now - created_at(job).timestamp()) for tenant, job in leases.due(queue)]
+            ages = [(self._class(tenant), now - created_at(job).timestamp()) for tenant, job in leases.waiting(queue)]
             for name in sorted(classes):
                 left.add_metric([queue, name], counted[queue, name])
                 oldest.add_metric([queue, name], max((age for owner, age in ages if owner == name), default=0.0))

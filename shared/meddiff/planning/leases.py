@@ -232,15 +232,13 @@ class Leases:
             found[tenant, job_id] = (float(place), left)
         return found
 
-    def due(self, queue: Queue) -> list[tuple[str, str]]:
-        """(tenant, job id) of those that have something due in ``queue``."""
-        tenants = cast(list[bytes], self.client.zrange(f"turns:{queue}", 0, -1))
-        names = [tenant.decode() for tenant in tenants]
-        return [
-            (name, job.decode())
-            for name in names
-            for job in cast(list[bytes], self.client.zrange(f"turns:{queue}:{name}", 0, -1))
-        ]
+    def waiting(self, queue: Queue) -> set[tuple[str, str]]:
+        """(tenant, job id) of those that have something due in ``queue``, or sent there, that no worker has taken."""
+        tenants = [tenant.decode() for tenant in cast(list[bytes], self.client.zrange(f"turns:{queue}", 0, -1))]
+        jobs = {name: cast(list[bytes], self.client.zrange(f"turns:{queue}:{name}", 0, -1)) for name in tenants}
+        sent = cast(list[bytes], self._run(scripts.BEYOND, [f"sent:{queue}"]))
+        names = (task.decode().split("/") for task in sent)
+        return {(name[0], name[1]) for name in names} | {(one, job.decode()) for one in jobs for job in jobs[one]}
 
     def tasks(self, queue: Queue) -> tuple[int, int]:
         """Tasks of ``queue`` that were sent and wait, and that run."""
