@@ -113,8 +113,8 @@ def test_metrics_tell_of_queues_by_tenants_weight_alone(gateway: Gateway) -> Non
     }
     assert told["meddiff_redis_up",] == 1
     assert told["meddiff_jobs_unfinished", "1"] >= 1
-    assert told["meddiff_queue_tasks_left", "training", "1"] >= 1
-    assert told["meddiff_queue_oldest_job_seconds", "training", "1"] > 0
+    assert told["meddiff_queue_tasks_left", "datasets", "1"] >= 1
+    assert told["meddiff_queue_oldest_job_seconds", "datasets", "1"] > 0
     assert told["meddiff_jobs_accepted_total", "finetune"] >= 1
     assert told["meddiff_store_calls_total", "done"] > 0
     assert job not in gateway.http.get("/metrics").text

@@ -24,6 +24,7 @@ PRIOR: dict[Stage, float] = {
     "split": 0.2, "stop": 2.0, "segmenter": 1.0, "report": 0.5,
 }  # fmt: skip
 TRAINING: tuple[Stage, ...] = ("inpainter", "repair", "mask_generator")
+FIRST: dict[str, tuple[Stage, ...]] = {"generate": (), "finetune": ("import",), "evaluate": ("import", "split")}
 LEAST_LEFT = 0.1  # Of a task that runs for longer than it should.
 CHAIN: tuple[Stage, ...] = ("masks", "inpainting", "quality")  # What a shard of a generate job passes.
 
@@ -165,7 +166,8 @@ def _within(spec: FinetuneSpec, live: Live) -> int:
 
 def tasks_left(spec: Spec, observed: Observed) -> dict[Stage, int]:
     """How many tasks of each stage are not done, as far as is known."""
-    return {stage: len(shards) for stage, shards in _open(spec, observed).items()}
+    before = {stage: 1 for stage in FIRST[spec.kind] if not observed.has(stage, 0)}
+    return before | {stage: len(shards) for stage, shards in _open(spec, observed).items()}
 
 
 def _open(spec: Spec, observed: Observed) -> dict[Stage, Sequence[int]]:
