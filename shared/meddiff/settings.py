@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     tenant_weights: dict[str, float] = Field({}, description="shares of tenants whose share of the workers is not 1")
     max_active_jobs: int = Field(1000, ge=1, description="jobs that may be unfinished at once, of all tenants")
     max_tenant_jobs: int = Field(200, ge=1, description="jobs that one tenant may have unfinished at once")
+    tenant_jobs: dict[str, int] = Field({}, description="the same by tenant, where it is another number")
     sweep_seconds: float = Field(2.0, gt=0, description="how often active jobs are planned again")
     tidy_seconds: float = Field(3600.0, gt=0, description="how often what nothing needs is removed from the store")
     lease_seconds: float = Field(60.0, gt=0, description="how long a dispatched or running task holds its lease")

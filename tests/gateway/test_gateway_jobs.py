@@ -357,9 +357,14 @@ def test_events_tell_of_every_change_until_the_end_and_nothing_twice(gateway: Ga
     assert gateway.http.get(f"/jobs/{MISSING_JOB}/events").status_code == 404
 
 
-def test_no_more_jobs_are_accepted_than_may_be_unfinished(gateway: Gateway, tmp_path: Path) -> None:
-    settings = gateway.settings.model_copy(update={"max_tenant_jobs": 3, "tenant": "small", "sweep_seconds": 600})
-    dataset = put_dataset(gateway.store, "small")
+@pytest.mark.parametrize(
+    ("tenant", "bound"), [("small", {"max_tenant_jobs": 3}), ("smaller", {"tenant_jobs": {"smaller": 3}})]
+)
+def test_no_more_jobs_are_accepted_than_may_be_unfinished(
+    gateway: Gateway, tmp_path: Path, tenant: str, bound: dict[str, Any]
+) -> None:
+    settings = gateway.settings.model_copy(update={**bound, "tenant": tenant, "sweep_seconds": 600})
+    dataset = put_dataset(gateway.store, tenant)
     body = {"dataset_uri": dataset.id}
     with started(settings, tmp_path) as other:
         accepted = [other.http.post("/finetune", json=body, headers={"Idempotency-Key": f"{n}"}) for n in range(4)]

@@ -32,7 +32,7 @@ class Bounds:
                 self._unfinished = Counter(owner for owner, _ in active_jobs(self._store))
                 self._until = time.monotonic() + COUNTED_SECONDS
             own, every = self._unfinished[tenant], self._unfinished.total()
-            if own >= self._settings.max_tenant_jobs:
+            if own >= self._settings.tenant_jobs.get(tenant, self._settings.max_tenant_jobs):
                 detail = f"{own} jobs of this tenant are unfinished; wait for one to end, or cancel one"
                 raise ProblemError("too-many-jobs", detail)
             if every >= self._settings.max_active_jobs:
