@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from meddiff.store.objects import ObjectStore
 
 STACK_FOLDER = Path("out/stack")
+MIRRORED = (".safetensors", ".json", ".txt")
+INDICES = ("model_index.json", "config.json")
+"""Of a pipeline's folder, and of a single network's."""
 
 admin = typer.Typer(no_args_is_help=True, help="Keys and housekeeping, on the store that MEDDIFF_S3_… names.")
 keys = typer.Typer(no_args_is_help=True, help="API keys: made, listed, revoked.")
@@ -109,8 +112,10 @@ def fsck(
 def bucket(
     access_key: Annotated[Path | None, typer.Option(help="A file: access key the service is to have.")] = None,
     secret_key: Annotated[Path | None, typer.Option(help="A file: its secret key.")] = None,
+    read: Annotated[list[str] | None, typer.Option(help="Another bucket that the service may read.")] = None,
 ) -> None:
-    """Make the service's bucket, and in MinIO a user who may use that bucket and nothing else. Again changes nothing.
+    """Make the service's bucket, and in MinIO a user who may use that bucket, read the others named and no more. Again
+    changes nothing.
 
     The credentials of the environment are those of the store's administrator.
     """
@@ -120,8 +125,48 @@ def bucket(
             from meddiff.settings import Settings
             from meddiff.store.minio_admin import admit
 
-            admit(Settings(), access_key.read_text().strip(), secret_key.read_text().strip())
+            admit(Settings(), access_key.read_text().strip(), secret_key.read_text().strip(), read or ())
     typer.echo(f"the bucket {store.bucket} is there")
+
+
+@admin.command()
+def mirror(
+    source: Annotated[str, typer.Argument(help="A folder, or the id of a model on the hub.")],
+    to: Annotated[str, typer.Argument(help="s3://bucket/prefix, which recipes name then as their source.")],
+) -> None:
+    """Copy a foundation or an encoder into the object store, so that workers ask no hub. Weights as safetensors only.
+
+    The bucket is made where it is missing, and has to be among the service's MEDDIFF_S3_MODELS.
+    """
+    bucket, _, prefix = to.removeprefix("s3://").strip("/").partition("/")
+    if not to.startswith("s3://") or not prefix:
+        raise typer.BadParameter("it is s3://bucket/prefix", param_hint="TO")
+    folder = Path(source) if Path(source).is_dir() else _downloaded(source)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in MIRRORED)
+    last = next((path for name in INDICES if (path := folder / name) in files), None)
+    if last is None or not any(path.suffix == ".safetensors" for path in files):
+        typer.echo(f"{source} holds none of {' and '.join(INDICES)}, or no safetensors", err=True)
+        raise typer.Exit(1)
+    with _store() as store:
+        target = store.of_bucket(bucket)
+        target.ensure_bucket()
+        for path in sorted(files, key=lambda path: path == last):  # With it the model counts as whole.
+            target.upload_file(f"{prefix}/{path.relative_to(folder).as_posix()}", path)
+            typer.echo(f"{path.relative_to(folder)}: {path.stat().st_size / 2**20:.1f} MiB")
+    typer.echo(f"a recipe's source is now {to.rstrip('/')}")
+
+
+def _downloaded(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    unused = ["safety_checker/*", "*.fp16.*", "*non_ema*"]
+    try:
+        patterns = [f"*{suffix}" for suffix in MIRRORED]
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=unused))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        typer.echo(f"{hub_id} cannot be had from the hub: {type(error).__name__}", err=True)
+        raise typer.Exit(1) from None
 
 
 @contextmanager

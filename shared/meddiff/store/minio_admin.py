@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import urllib3
@@ -16,8 +17,16 @@ from meddiff.store.retry import RetryPolicy
 POLICY = "meddiff"
 
 
-def policy(bucket: str) -> dict[str, Any]:
-    """What the service does to its bucket, in the policy language of S3: objects read, written, deleted and listed."""
+def policy(bucket: str, readable: Sequence[str] = ()) -> dict[str, Any]:
+    """What the service does, in the policy language of S3: objects of its bucket read, written, deleted and listed,
+    those of the ``readable`` buckets read and listed."""
+    others = [
+        {
+            "Effect": "Allow",
+            "Action": ["s3:GetBucketLocation", "s3:ListBucket", "s3:GetObject"],
+            "Resource": [place for other in readable for place in (f"arn:aws:s3:::{other}", f"arn:aws:s3:::{other}/*")],
+        }
+    ]
     return {
         "Version": "2012-10-17",
         "Statement": [
@@ -37,13 +46,15 @@ def policy(bucket: str) -> dict[str, Any]:
                 ],
                 "Resource": [f"arn:aws:s3:::{bucket}/*"],
             },
+            *(others if readable else ()),
         ],
     }
 
 
-def admit(settings: Settings, access_key: str, secret_key: str) -> None:
-    """The user exists and may use the bucket of ``settings``, whose credentials are the administrator's. Raises
-    ``StoreUnavailable`` where MinIO does not answer and ``StoreRefused`` where it refuses or is no MinIO."""
+def admit(settings: Settings, access_key: str, secret_key: str, readable: Sequence[str] = ()) -> None:
+    """The user exists and may do what ``policy`` says to the bucket of ``settings``, whose credentials are the
+    administrator's. Raises ``StoreUnavailable`` where MinIO does not answer and ``StoreRefused`` where it refuses or is
+    no MinIO."""
     client = MinioAdmin(
         endpoint=settings.s3_endpoint,
         credentials=StaticProvider(
@@ -54,7 +65,7 @@ def admit(settings: Settings, access_key: str, secret_key: str) -> None:
     )
 
     def made() -> None:
-        client.policy_add(POLICY, policy=policy(settings.s3_bucket))
+        client.policy_add(POLICY, policy=policy(settings.s3_bucket, readable))
         client.user_add(access_key, secret_key)
         client.policy_set(POLICY, user=access_key)
 
