@@ -157,9 +157,17 @@ def mirror(
 
 
 def _downloaded(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+        )
+    except ModuleNotFoundError:
+        typer.echo(f"{hub_id} is no folder, and the hub's client comes with: pip install 'meddiff[worker]'", err=True)
+        raise typer.Exit(1) from None
     unused = ["safety_checker/*", "*.fp16.*", "*non_ema*"]
     try:
         patterns = [f"*{suffix}" for suffix in MIRRORED]
