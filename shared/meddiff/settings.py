@@ -15,7 +15,7 @@ class Settings(BaseSettings):
     """One process's settings. Each field is explained once, here."""
 
     model_config = SettingsConfigDict(
-        env_prefix="MEDDIFF_", extra="ignore", secrets_dir=SECRETS if SECRETS.is_dir() else None
+        env_prefix="MEDDIFF_", extra="ignore", env_ignore_empty=True, secrets_dir=SECRETS if SECRETS.is_dir() else None
     )
 
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis: queues, leases and caches")
