@@ -5,8 +5,10 @@
 set -eu
 engine=${ENGINE:-docker}
 project=${1:-meddiff}
-failed=0
+failed=1 # Of no container nothing is known.
+seen=0
 for name in $("$engine" ps --format '{{.Names}}' --filter "label=com.docker.compose.project=$project"); do
+  [ "$seen" = 1 ] || { seen=1; failed=0; }
   user=$("$engine" exec "$name" sh -c "sed -n 's/^Uid:[[:space:]]*\([0-9]*\).*/\1/p' /proc/1/status")
   capabilities=$("$engine" exec "$name" sh -c "sed -n 's/^CapEff:[[:space:]]*//p' /proc/1/status")
   privileges=$("$engine" exec "$name" sh -c "sed -n 's/^NoNewPrivs:[[:space:]]*//p' /proc/1/status")

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import structlog
 import torch
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+log = structlog.get_logger()
+
 
 class Gpus(Collector):
-    """Every CUDA device that the process sees. Use needs ``nvidia-ml-py``; without it only memory is told."""
+    """Every CUDA device that the process sees. Its use is told where the driver does: of a part of one it does not."""
+
+    def describe(self) -> list[Metric]:
+        """Nothing, so that registering asks no driver."""
+        return []
 
     def collect(self) -> Iterator[Metric]:
         memory = GaugeMetricFamily("meddiff_gpu_memory_bytes", "Memory of a GPU", labels=["device", "state"])
@@ -21,6 +28,6 @@ class Gpus(Collector):
             memory.add_metric([str(n), "free"], free)
             try:
                 use.add_metric([str(n)], torch.cuda.utilization(n) / 100)
-            except (ModuleNotFoundError, RuntimeError):
-                continue
+            except Exception as error:  # NVML's errors have no base of their own.
+                log.debug("use of the GPU not told", error=type(error).__name__)
         yield from (memory, use)

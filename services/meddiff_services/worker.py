@@ -185,9 +185,10 @@ class _Lease:
                 kept = self._leases.take(self._task, self._token)
             except RedisError:
                 continue
-            if not kept and not self.lost:
+            if not kept:
                 metrics.LEASES_LOST.labels(self._task.stage).inc()
-            self.lost = self.lost or not kept
+                self.lost = True
+                return
 
 
 class Worker:

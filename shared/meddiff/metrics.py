@@ -25,7 +25,11 @@ TASKS_REDELIVERED = Counter("meddiff_tasks_redelivered", "Tasks that the broker 
 LEASES_LOST = Counter("meddiff_leases_lost", "Running tasks whose lease became another worker's", ["stage"])
 TRAINING_STEPS = Counter("meddiff_training_steps", "Optimiser steps done", ["stage"])
 TRAINING_LOSS = Gauge("meddiff_training_loss", "Loss of the latest step", ["stage"])
-CANDIDATES = Counter("meddiff_candidates", "Synthetic pairs judged: accepted, or why not", ["outcome"])
+CANDIDATES = Counter(
+    "meddiff_candidates",
+    "Synthetic pairs judged: accepted, or why not; of those accepted, duplicate shapes at the end of their job",
+    ["outcome"],
+)
 SIMILARITY = Histogram(
     "meddiff_candidate_similarity_ratio",
     "Similarity of a synthetic lesion to the real ones, a cosine",

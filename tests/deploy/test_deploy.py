@@ -58,6 +58,11 @@ def test_scripts_are_the_same_in_compose_and_kubernetes() -> None:
         assert (ROOT / "deploy" / name).read_bytes() == (ROOT / "k8s/base" / name).read_bytes()
 
 
+def test_alerts_are_the_same_in_kubernetes() -> None:
+    rule = yaml.safe_load((ROOT / "k8s/monitoring/alerts.yaml").read_text())
+    assert rule["spec"]["groups"] == RULES["groups"]
+
+
 def test_every_queue_is_scaled() -> None:
     scaling = (ROOT / "k8s/keda/scaling.yaml").read_text()
     assert [queue for queue in get_args(Queue) if queue not in scaling] == []

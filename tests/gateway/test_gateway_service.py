@@ -92,6 +92,13 @@ def test_metrics_count_requests_by_route(gateway: Gateway) -> None:
     assert "nonsense" not in text
 
 
+def test_an_invented_method_is_no_label(gateway: Gateway) -> None:
+    assert gateway.http.request("FOO123", "/jobs").status_code == 405
+    text = gateway.http.get("/metrics").text
+    assert 'method="other"' in text
+    assert "FOO123" not in text
+
+
 def test_a_callers_trace_is_the_jobs(gateway: Gateway) -> None:
     dataset = put_dataset(gateway.store, gateway.tenant)
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"  # pragma: allowlist secret

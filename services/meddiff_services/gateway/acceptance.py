@@ -169,12 +169,12 @@ def _maker(here: Backends, request: EvaluateRequest) -> tuple[ModelCard | None, 
 def _admitted(here: Backends, spec: Spec) -> Spec:
     """The spec of one job more, if it may be. A replay needs no admission: its job was counted."""
     here.bounds.admit(here.tenant)
+    JOBS_ACCEPTED.labels(spec.kind).inc()
     return spec
 
 
 def _submitted(here: Backends, spec: Spec) -> Spec:
     submit(here.store, spec)
-    JOBS_ACCEPTED.labels(spec.kind).inc()
     return spec
 
 

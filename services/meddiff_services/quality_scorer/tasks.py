@@ -164,6 +164,8 @@ def manifest(work: Work) -> Outcome:
         for entry in marker.output["candidates"]
     ]
     chosen = selection.select(entries, request.count, work.spec.recipe.quality.max_shape_iou)
+    duplicates = sum(reason == "duplicate_shape" for _, reason in chosen.rejected)
+    metrics.CANDIDATES.labels("duplicate_shape").inc(duplicates)
     card = model_card(work)
     pairs = tuple(entry.pair for entry in chosen.accepted if entry.pair is not None)
     rejected = tuple(

@@ -92,7 +92,11 @@ def _segment(work: Work, part: Stage, steps: int, segment_steps: int, train: Tra
         lately = float(np.median([one.seconds for one in log[-LATELY:]]))
         work.tell(entry.step, steps, "steps", loss=entry.loss, learning_rate=entry.learning_rate, seconds=lately)
 
-    state = train(_load_checkpoint(work, part, begun) if begun else None, stop, on_step)
+    try:
+        state = train(_load_checkpoint(work, part, begun) if begun else None, stop, on_step)
+    except FloatingPointError:
+        metrics.TRAINING_LOSS.labels(part).set(float("nan"))
+        raise
     if state.step == stop or (work.leaving and state.step > begun):
         work.store.put(work.keys.training_log(part, work.shard), _log_lines(log), "application/x-ndjson")
         _save_checkpoint(work, part, state)

@@ -93,10 +93,10 @@ def _step(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> tuple
     if decision.ending is None:
         for child in decision.children:
             submit(store, child)
+        leases.look_later(tenant, job_id)  # First: the sweep comes back to whatever is left half done here.
         leases.offer(
             tenant, job_id, place(leases, spec), {task.queue for task in decision.due}, tasks_left(spec, observed)
         )
-        leases.look_later(tenant, job_id)
         return decision.due
     for child_id in going_on:
         cancel(store, tenant, child_id, datetime.now(UTC))

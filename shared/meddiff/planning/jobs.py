@@ -12,10 +12,10 @@ from functools import lru_cache
 import redis
 
 from meddiff.contracts.jobs import End, EvaluateSpec, GenerateSpec, Job, Spec
-from meddiff.contracts.tasks import Marker, Stage
+from meddiff.contracts.tasks import Marker, Queue, Stage
 from meddiff.planning import evaluation
 from meddiff.planning.dispatch import active_jobs
-from meddiff.planning.leases import Leases
+from meddiff.planning.leases import InLine, Leases
 from meddiff.planning.observe import observe, read_marker, read_spec
 from meddiff.planning.plan import Observed
 from meddiff.planning.progress import Measured, ended, snapshot
@@ -24,6 +24,7 @@ from meddiff.store.keys import JobKeys
 from meddiff.store.objects import NotFound, ObjectStore
 
 LATELY = 2.0  # Seconds that a queue position may be old.
+LINES_LATELY = 1.0  # The same of the lines that an estimate goes by.
 RECENT = 3  # Markers of a stage that its speed is taken from.
 
 
@@ -50,6 +51,12 @@ def _active_lately(store: ObjectStore, moment: int) -> list[tuple[str, str]]:
     return active_jobs(store)
 
 
+@lru_cache(maxsize=4)
+def _lines_lately(leases: Leases, moment: int) -> dict[Queue, list[InLine]]:
+    """The lines of all queues, within a moment."""
+    return leases.lines(leases.took(), leases.workers())
+
+
 def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed, now: float) -> Measured:
     speeds = {
         stage: speed for stage, shards in _finished(observed).items() if (speed := _speed(store, spec, stage, shards))
@@ -61,7 +68,7 @@ def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed,
     known = Measured(speeds, position=position, started_at=started_at)
     try:
         workers, took = leases.workers(), leases.took()
-        lines = leases.lines(took, workers)
+        lines = _lines_lately(leases, int(now / LINES_LATELY)) if speeds else {}
         mine = next((one.place for line in lines.values() for one in line if one.job_id == spec.id), None)
         return replace(
             known,

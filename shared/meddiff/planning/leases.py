@@ -201,8 +201,8 @@ class Leases:
         flags = [item for one in QUEUES if queue in (None, one) for item in (one, 0)]
         self.client.eval(scripts.OFFER, 0, tenant, job_id, "0", *flags)
         if queue is None:
-            self.client.zrem("look", f"{tenant}/{job_id}")
             self.client.hdel("left", f"{tenant}/{job_id}")
+            self.client.zrem("look", f"{tenant}/{job_id}")  # Last: as long as it is there, a sweep comes back to it.
 
     def lines(self, took: Mapping[Stage, float], workers: Mapping[Queue, int]) -> dict[Queue, list[InLine]]:
         """Who has something left to do in each queue, and how much, where a task of a stage takes what it ``took``. A
