@@ -18,7 +18,7 @@ simulate: $(VENV)/installed  ## the planner under a discrete clock, RUNS times w
 	$(BIN)/python tests/simulation $(or $(RUNS),3000)
 
 fleet: $(VENV)/installed  ## the planner's cost and its estimates, from 10 jobs to 10000
-	$(BIN)/python tests/simulation $(addprefix --fleet ,$(or $(FLEETS),10:1 100:8 1000:40 10000:200))
+	$(BIN)/python tests/simulation $(addprefix --fleet ,$(or $(FLEETS),10:1 100:8 1000:40 10:1:8 10000:200:8))
 
 smoke: $(VENV)/installed  ## the compose stack built, brought up, used and taken down; ENGINE, COMPOSE and STORE as it says
 	deploy/smoke.sh

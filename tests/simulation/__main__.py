@@ -44,7 +44,7 @@ def main() -> int:
     """Prints progress and the sum; 1 where a run broke an invariant."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=int, nargs="?", default=0)
-    parser.add_argument("--fleet", metavar="JOBS:INPAINTERS", action="append", default=[])
+    parser.add_argument("--fleet", metavar="JOBS:INPAINTERS[:PAIRS]", action="append", default=[])
     parser.add_argument("--first-seed", type=int, default=0)
     arguments = parser.parse_args()
     for size in arguments.fleet:
@@ -52,18 +52,22 @@ def main() -> int:
     return simulated(arguments.first_seed, arguments.runs) if arguments.runs else 0
 
 
-def told_of_fleet(jobs: int, inpainters: int) -> None:
+def told_of_fleet(jobs: int, inpainters: int, pairs: int | None = None) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         server = start_redis(Path(folder))
         try:
-            found = busy_fleet(redis.Redis.from_url(server.url), jobs, inpainters)
+            found = busy_fleet(redis.Redis.from_url(server.url), jobs, inpainters, pairs)
         finally:
             server.stop()
     worth = f"{100 * found.good_estimates:.0f} % of {len(found.ratios)} estimates within 30 %"
     cost = f"{found.calls_per_pair:.1f} store calls a pair"
-    print(f"{jobs} jobs, {inpainters} inpainters: {cost}, {worth} ({time.monotonic() - begun:.0f} s)", flush=True)
+    size = "8 to 200" if pairs is None else pairs
+    print(
+        f"{jobs} jobs of {size} pairs, {inpainters} inpainters: {cost}, {worth} ({time.monotonic() - begun:.0f} s)",
+        flush=True,
+    )
 
 
 def simulated(first: int, runs: int) -> int:

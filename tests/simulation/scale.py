@@ -56,11 +56,11 @@ class Measured:
         return sum(abs(ratio - 1) <= 0.3 for ratio in self.ratios) / len(self.ratios)
 
 
-def busy_fleet(client: redis.Redis, jobs: int, inpainters: int, seed: int = 0) -> Measured:
-    """Jobs of 8 to 200 pairs of eight tenants, which come as fast as the fleet can serve them."""
+def busy_fleet(client: redis.Redis, jobs: int, inpainters: int, pairs: int | None = None, seed: int = 0) -> Measured:
+    """Jobs of ``pairs``, or of 8 to 200, of eight tenants, which come as fast as the fleet can serve them."""
     draw = random.Random(seed)
     world = Simulation(client, seed, workers=fleet_of(inpainters), rate=RATE)
-    counts = [draw.choice((8, 16, 40, 80, 200)) for _ in range(jobs)]
+    counts = [pairs or draw.choice((8, 16, 40, 80, 200)) for _ in range(jobs)]
     shard = small().work.shard_size
     seconds = SECONDS["inpainting"] * sum(counts) / (0.85 * RATE) / shard / inpainters / LOAD
     specs = [job(n, f"tenant{draw.randrange(8)}", count, draw.uniform(0, seconds)) for n, count in enumerate(counts)]
