@@ -133,7 +133,7 @@ class Leases:
 
     def in_flight(self, queue: Queue) -> int:
         """Tasks of ``queue`` that wait in it or run."""
-        return sum(self._count(f"sent:{queue}", f"running:{queue}"))
+        return sum(self.tasks(queue))
 
     def runs(self, tenant: str, job_id: str) -> bool:
         """Whether a worker runs a task of this job."""
