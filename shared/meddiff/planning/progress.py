@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,7 +17,7 @@ from meddiff.planning.selection import wanted
 from meddiff.planning.turns import wait
 
 # Seconds for a unit of work of a stage relative to a training step (fine-tune), to a candidate inpainted (generate) or
-# to a segmenter trained (evaluate): what an estimate assumes of a stage until its speed has been measured in this job.
+# to a segmenter trained (evaluate): what an estimate assumes of a stage of which no task has told lately.
 PRIOR: dict[Stage, float] = {
     "import": 0.2, "cache": 4.0, "inpainter": 1.0, "repair": 1.0, "mask_generator": 0.3, "backgrounds": 20.0,
     "calibrate": 1.0, "publish": 10.0, "masks": 0.2, "inpainting": 1.0, "quality": 0.2, "manifest": 0.1,
@@ -251,9 +251,9 @@ def _eta(spec: Spec, observed: Observed, speeds: Mapping[Stage, float], measured
         return wait(mine, others, measured.workers.get(queue, 0), measured.weights)
 
     if isinstance(spec, FinetuneSpec):  # One stage after the other, and one segment of a part after the other.
-        own: Counter[Queue] = Counter()
+        own: defaultdict[Queue, float] = defaultdict(float)
         for stage, some in idle.items():
-            own[QUEUE_OF[stage]] += some  # type: ignore[assignment]
+            own[QUEUE_OF[stage]] += some
         waits = {queue: queued(queue, some) for queue, some in own.items() if some}
         chain = max(idle.get(stage, 0.0) for stage in TRAINING)
         waits["training"] = max(waits.get("training", 0.0), chain)
