@@ -11,6 +11,7 @@ import redis
 from meddiff.embedded.servers import RedisServer, S3Server, start_redis, start_s3
 from meddiff.settings import Settings
 from meddiff.store.objects import ObjectStore
+from minio import Minio
 from pydantic import SecretStr
 
 
@@ -39,9 +40,12 @@ def redis_url(redis_server: RedisServer) -> str:
 
 
 @pytest.fixture
-def settings(s3: S3Server, redis_url: str, tmp_path: Path) -> Settings:
-    """Settings of a service with an empty bucket, an empty Redis and a scratch folder of its own."""
-    return Settings(
+def settings(s3: S3Server, redis_url: str, tmp_path: Path) -> Iterator[Settings]:
+    """Settings of a service with an empty bucket, an empty Redis and a scratch folder of its own.
+
+    The bucket ends with the test, for SeaweedFS sets volumes aside for each and a disk has room for so many.
+    """
+    settings = Settings(
         redis_url=redis_url,
         s3_endpoint=s3.endpoint,
         s3_access_key=SecretStr(s3.access_key),
@@ -49,6 +53,10 @@ def settings(s3: S3Server, redis_url: str, tmp_path: Path) -> Settings:
         s3_bucket=f"test-{uuid4().hex}",
         scratch=tmp_path / "scratch",
     )
+    yield settings
+    client = Minio(endpoint=s3.endpoint, access_key=s3.access_key, secret_key=s3.secret_key, secure=False)
+    if client.bucket_exists(bucket_name=settings.s3_bucket):
+        client.remove_bucket(bucket_name=settings.s3_bucket)
 
 
 @pytest.fixture
