@@ -53,11 +53,6 @@ def test_every_alert_has_a_test_and_a_line_in_the_runbook() -> None:
         assert alert["annotations"]["runbook"] == f"docs/operations.md#{name.lower()}"
 
 
-def test_scripts_are_the_same_in_compose_and_kubernetes() -> None:
-    for name in ("redis.sh", "bucket.sh"):
-        assert (ROOT / "deploy" / name).read_bytes() == (ROOT / "k8s/base" / name).read_bytes()
-
-
 def test_alerts_are_the_same_in_kubernetes() -> None:
     rule = yaml.safe_load((ROOT / "k8s/monitoring/alerts.yaml").read_text())
     assert rule["spec"]["groups"] == RULES["groups"]
