@@ -4,10 +4,10 @@
 
 For each draw of the training cases a generator is fitted to them alone. Segmenters are trained on the real cases, on
 more or fewer of them (the learning curve; twice as many are the oracle), and on the real cases beside each variant of
-synthetic pairs (``benchmarks/variants.py``). Where an arm stops is chosen inside the training cases, by one rule. A
-training is a line of ``--rows``, appended when it ends; what is there is not made again, so a run that was cut off goes
-on. ``--development`` uses the cases kept for tuning, and writes down which they are, without it the others are used
-(``is_development``).
+synthetic pairs (``benchmarks/variants.py``). Where an arm stops is chosen inside the training cases, by one rule
+(an ablation, whose arms differ little, may spare that and give them all one ``--stop``). A training is a line of
+``--rows``, appended when it ends; what is there is not made again, so a run that was cut off goes on. ``--development``
+uses the cases kept for tuning, and writes down which they are, without it the others are used (``is_development``).
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ class Trial:
     cache: Path
     rows: Path
     factor: float = 1.0  # Of the stop that was chosen: half and twice of it show whether the rule is fair.
+    stop: int | None = None  # Given, not chosen.
 
     @property
     def name(self) -> str:
@@ -141,7 +142,7 @@ class Training(Contract):
     draw: int
     arm: str
     seed: int
-    curve: dict[int, float]  # Dice over inner folds by steps, of which the stop was chosen.
+    curve: dict[int, float]  # Dice over inner folds by steps, of which the stop was chosen; empty where it was given.
     steps: int
     real: int
     pairs: int
@@ -169,8 +170,8 @@ def run(trial: Trial) -> None:
     draw = drawn(cases, trial.train, trial.draw)
     settings = EVALUATION.model_copy(update={"segmenter": trial.segmenter})
     material = _material(trial, cases, draw)
-    curve = _stop_curve(trial, material)
-    steps = max(1, round(trials.best_stop(curve) * trial.factor))
+    curve = {} if trial.stop is not None else _stop_curve(trial, material)
+    steps = trial.stop if trial.stop is not None else max(1, round(trials.best_stop(curve) * trial.factor))
     real = len(material.real)
     digests = list(cases.cases)
     for seed in trial.seeds:
@@ -226,7 +227,7 @@ def _material(trial: Trial, cases: Cases, draw: splits.Draw) -> Material:
         frozenset(place for place in (one.donor, one.background) if place is not None and place in trained_on)
         for one in made
     ]
-    material = Material(real, synthetic, origins, variant.mixing)
+    material = Material(real, synthetic, origins, variant.mixing, trim=variant.trim)
     return material if variant.agreement is None else _agreeing(trial, material, variant.agreement)
 
 
@@ -364,7 +365,7 @@ def _agreeing(trial: Trial, material: Material, bounds: tuple[float, float]) -> 
 def _stop_curve(trial: Trial, material: Material) -> dict[int, float]:
     """What the arm's stop is chosen by. It is the arm's and the draw's, so what a row or the disk holds is taken."""
     for one in read(trial.rows):
-        if (*one.key[:5], one.arm.partition(",")[0]) == (*trial.begins[:5], trial.arm):
+        if one.curve and (*one.key[:5], one.arm.partition(",")[0]) == (*trial.begins[:5], trial.arm):
             return one.curve
     path = trial.cache / f"{'-'.join(map(str, (*trial.begins[:5], trial.arm))).replace(' ', '_')}.stop.json"
     if not path.exists():
@@ -402,7 +403,7 @@ def trials_due(arguments: argparse.Namespace, done: set[tuple[str | int | bool, 
                 for factor in arguments.factor if arm == REAL else (1.0,):
                     trial = Trial(
                         folder, arguments.development, arguments.segmenter, arguments.train, number, arm,
-                        (), arguments.cache, arguments.rows, factor,
+                        (), arguments.cache, arguments.rows, factor, arguments.stop,
                     )  # fmt: skip
                     left = tuple(seed for seed in range(arguments.seeds) if (*trial.begins, seed) not in done)
                     if left:
@@ -448,6 +449,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--factor", action="append", type=float, default=[], help="of the stop of real only; repeatable"
     )
+    parser.add_argument("--stop", type=int, help="steps of every arm, in place of a choice by inner folds")
     parser.add_argument("--hours", type=float, default=1.0, help="no new trial begins after that")
     parser.add_argument("--rows", type=Path, default=Path("docs/experiments/rows.jsonl"))
     parser.add_argument("--cache", type=Path, default=Path("out/utility"))

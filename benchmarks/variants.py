@@ -15,7 +15,8 @@ class Variant:
     ``shift``: labels moved by this share of the width. ``copies``: the real cases in place of synthetic ones.
     ``relabel``: inside the guide the label is what segmenters see that did not train on the donor. ``unlabelled``: real
     cases without their masks, which segmenters of the training cases draw instead: as they are (``pairs``), or among
-    the training cases as donors and backgrounds (``sources``), or repainted to fit the drawn masks (``retexture``)."""
+    the training cases as donors and backgrounds (``sources``), or repainted to fit the drawn masks (``retexture``).
+    ``trim``: the segmenter ignores pixels of theirs whose loss is above this quantile of the real ones'."""
 
     what: str
     fitting: dict[str, Any] = field(default_factory=dict)
@@ -27,6 +28,7 @@ class Variant:
     copies: bool = False
     agreement: tuple[float, float] | None = None
     relabel: bool = False
+    trim: float | None = None
     unlabelled: Literal["pairs", "sources", "retexture"] | None = None
     mixing: Mixing = "falling"
     pairs: int = 90
@@ -52,6 +54,7 @@ VARIANTS: dict[str, Variant] = {
         "4e: pairs on which segmenters of the real cases agree with Dice 0.6 to 0.97", agreement=(0.6, 0.97)
     ),
     "relabelled": Variant("4e: labels inside the guide as segmenters see them", relabel=True),
+    "trimmed": Variant("4e: pixels whose loss is above 98 % of the real ones' ignored", mixing="joint", trim=0.98),
     "joint": Variant("4f: as many synthetic as real pairs in every batch", mixing="joint"),
     "pretrain": Variant("4f: synthetic first, then real", mixing="pretrain"),
     "300 pairs": Variant("300 pairs instead of 90", pairs=300),
