@@ -15,7 +15,7 @@ from meddiff.importing.pixels import encode_png
 from meddiff.science import encoders, erosion, finetune, foundation, geometry, inpainting, mask_generator, quality
 from meddiff.seeds import derive
 from meddiff_services.cases import Loaded
-from meddiff_services.mask_sampler.tasks import Ground, choose_donor, choose_ground
+from meddiff_services.mask_sampler.tasks import Ground, choose_donor, choose_ground, laid_over
 from meddiff_services.pictures import Mask, Pixels
 
 from benchmarks.sources import Case
@@ -68,8 +68,9 @@ class Generator:
         *,
         retexture: bool = False,
         decoys: bool = False,
+        laid: bool = False,
     ) -> None:
-        self.recipe, self.cases, self.retexture, self.decoys = recipe, cases, retexture, decoys
+        self.recipe, self.cases, self.retexture, self.decoys, self.laid = recipe, cases, retexture, decoys, laid
         self._pairs = [_loaded(n, "pair", case.image, case.mask) for n, case in enumerate(cases)]
         self._grounds = [Ground("", pair.case, False, pair.mask) for pair in self._pairs]
         self._images = {pair.case.id: pair.image for pair in self._pairs}
@@ -137,7 +138,11 @@ class Generator:
         canvases: list[inpainting.Canvas] = []
         origins: list[tuple[int, int | None]] = []
         for one, low in zip(seeds, lows, strict=True):
-            ground = choose_ground(low, self._grounds, derive(one, "background"))
+            if self.laid:
+                ground = self._grounds[derive(one, "background") % len(self._grounds)]
+                low = laid_over(low, ground.lesion)
+            else:
+                ground = choose_ground(low, self._grounds, derive(one, "background"))
             shape = mask_generator.place(low, (ground.case.height, ground.case.width))
             old = ground.lesion if ground.lesion.any() else None
             guide = geometry.guide_of(shape, self.recipe.inpainting.guide_margin, old)

@@ -242,13 +242,21 @@ def pairs_of(
     retexture = variant.retexture or variant.unlabelled == "retexture"
     seed = derive(cases.name, "generator", trial.draw)
     split = f"{cases.name}-{trial.development:d}-{trial.train}-{trial.draw}"
-    made_by = (painting.model_dump_json(), retexture, variant.decoys, variant.unlabelled or "", variant.pairs)
+    made_by: list[str | int] = [
+        painting.model_dump_json(),
+        retexture,
+        variant.decoys,
+        variant.unlabelled or "",
+        variant.pairs,
+    ]
+    made_by += ["laid"] * variant.laid
     kept = trial.cache / f"{split}-{derive(*made_by):x}.pairs"
     with FileLock(kept.with_suffix(".lock")):  # Another process may need the same ones.
         if not kept.exists():
             path = trial.cache / f"{split}-{derive(recipe.model_dump_json()):x}.safetensors"
             fitted = fitted_model(train, cases.healthy, recipe, seed, path)
-            generator = Generator(sources, cases.healthy, painting, fitted, retexture=retexture, decoys=variant.decoys)
+            options = {"retexture": retexture, "decoys": variant.decoys, "laid": variant.laid}
+            generator = Generator(sources, cases.healthy, painting, fitted, **options)
             keep(kept, generator.generate(variant.pairs, seed))
     return read_made(kept)
 

@@ -12,11 +12,12 @@ from meddiff.contracts.evaluation import Mixing
 class Variant:
     """``what``: a line for the table. ``fitting`` and ``painting``: changes of the recipe before and after the
     fine-tune (variants of equal ``fitting`` share one). ``start``: the composites themselves, nothing painted.
-    ``shift``: labels moved by this share of the width. ``copies``: the real cases in place of synthetic ones.
-    ``relabel``: inside the guide the label is what segmenters see that did not train on the donor. ``unlabelled``: real
-    cases without their masks, which segmenters of the training cases draw instead: as they are (``pairs``), or among
-    the training cases as donors and backgrounds (``sources``), or repainted to fit the drawn masks (``retexture``).
-    ``trim``: the segmenter ignores pixels of theirs whose loss is above this quantile of the real ones'."""
+    ``laid``: any background, the shape laid over its old lesion. ``shift``: labels moved by this share of the width.
+    ``copies``: the real cases in place of synthetic ones. ``relabel``: inside the guide the label is what segmenters
+    see that did not train on the donor. ``unlabelled``: real cases without their masks, which segmenters of the
+    training cases draw instead: as they are (``pairs``), or among the training cases as donors and backgrounds
+    (``sources``), or repainted to fit the drawn masks (``retexture``). ``trim``: the segmenter ignores pixels of theirs
+    whose loss is above this quantile of the real ones'."""
 
     what: str
     fitting: dict[str, Any] = field(default_factory=dict)
@@ -24,6 +25,7 @@ class Variant:
     retexture: bool = False
     decoys: bool = False
     start: bool = False
+    laid: bool = False
     shift: float = 0.0
     copies: bool = False
     agreement: tuple[float, float] | None = None
@@ -43,6 +45,11 @@ VARIANTS: dict[str, Variant] = {
         "the cpu recipe as it stands: composite start, strength 0.6; ever fewer in a batch, none in its last third"
     ),
     "copy-paste": Variant("the composites themselves: a lesion fitted into a new shape, colours matched", start=True),
+    "copy-paste, laid over": Variant(
+        "4c: composites on any background, shapes laid over its lesion", start=True, laid=True
+    ),
+    "laid over": Variant("4c: any background, shapes laid over its lesion", laid=True),
+    "laid over, strength 0.2": Variant("4c with 4b: the same, strength 0.2", painting=strength(0.2, 0.2), laid=True),
     "retexture 0.5": Variant("4a: own mask, own image, strength 0.5", painting=strength(0.5, 0.3), retexture=True),
     "strength 0.2": Variant("4b: strength 0.2", painting=strength(0.2, 0.2)),
     "strength 0.4": Variant("4b: strength 0.4", painting=strength(0.4, 0.3)),
