@@ -31,8 +31,8 @@ SMALL = {
     "evaluation": {
         "segmenter": "unet",
         "size": 64,
-        "steps": 40,
-        "every": 20,
+        "steps": 20,
+        "every": 10,
         "inner_folds": 2,
         "batch_size": 4,
         "learning_rate": 3e-3,
