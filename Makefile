@@ -2,6 +2,8 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 COUNT ?= 32
+# As workers have it: docs/decisions/0012.
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo test test-slow simulate fleet chaos smoke k8s fuzz check up down format
 
