@@ -14,7 +14,6 @@ from meddiff.importing.pixels import encode_mask
 from meddiff.science import geometry, mask_generator
 from meddiff.seeds import derive
 from meddiff.store.keys import ModelKeys
-from scipy import ndimage
 
 from meddiff_services.candidates import Candidate, shard_indices
 from meddiff_services.cases import Loaded, load, training_cases
@@ -24,11 +23,6 @@ from meddiff_services.worker import Outcome, Work
 
 COVERING = 5
 """Among how many backgrounds whose old lesion a shape covers best one is drawn."""
-
-BARE = 0.1
-"""The share of an old lesion that a shape laid over it may leave bare."""
-GROWN = 1.4
-"""How many times as long and wide as the old lesion a shape laid over it may be, of equal areas to begin with."""
 
 
 @dataclass(frozen=True)
@@ -117,30 +111,6 @@ def choose_ground(low: Mask, grounds: Sequence[Ground], seed: int) -> Ground:
         return grounds[seed % len(grounds)]
     best = sorted(grounds, key=lambda g: (uncovered(g), derive(seed, g.case.id)))[:COVERING]
     return best[seed % len(best)]
-
-
-def laid_over(low: Mask, lesion: Mask) -> Mask:
-    """``low`` (h, w), mirrored, moved and scaled to cover an old lesion (H, W) in the same frame while growing least.
-
-    Of four mirror images the one that hides all but ``BARE`` of the lesion at the smallest scale; where none does at
-    ``GROWN`` times the lesion's own size, the one that hides most.
-    """
-    old = geometry.resize_mask(lesion, low.shape)
-    if not (old.any() and low.any()):
-        return low
-    centre = np.array(ndimage.center_of_mass(old))
-    best = (np.inf, np.inf, low)
-    for one in (low, low[::-1], low[:, ::-1], low[::-1, ::-1]):
-        own = np.array(ndimage.center_of_mass(one))
-        alike = float(np.sqrt(old.sum() / one.sum()))
-        for scale in alike * np.linspace(1.0, GROWN, 9):
-            soft = ndimage.affine_transform(one.astype(np.float32), [1 / scale] * 2, own - centre / scale, order=1)
-            laid = soft > 0.5
-            bare = float((old & ~laid).sum() / old.sum())
-            best = min(best, (max(bare, BARE), scale, laid), key=lambda found: found[:2])
-            if bare <= BARE:
-                break
-    return np.asarray(best[2])
 
 
 def choose_donor(shape: Mask, pairs: Sequence[Loaded], seed: int) -> Case:
