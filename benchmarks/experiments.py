@@ -188,8 +188,8 @@ def main() -> None:
             text += f"\n![Gains, {name}](experiments/{name}.png)\n"
     command = "python -m benchmarks.utility --data FOLDER --dataset NAME … (--development) --hours H"
     text += f"\nRows: `docs/experiments/rows.jsonl`, a training a line. Made by `{command}`; this page by\n"
-    text += "`python -m benchmarks.experiments`. Wall time of a run is one thread's, other work beside it. A row without a curve\n"
-    text += "was given its stop (`--stop`), the one that the dataset's arms with a curve had chosen.\n"
+    text += "`python -m benchmarks.experiments`. Wall time of a run is one thread's, other work beside it.\n"
+    text += "A row without a curve was given its stop (`--stop`), the one that the dataset's arms with a curve had chosen.\n"
     (arguments.out / "experiments.md").write_text(text)
 
 
