@@ -189,7 +189,7 @@ def main() -> None:
     command = "python -m benchmarks.utility --data FOLDER --dataset NAME … (--development) --hours H"
     text += f"\nRows: `docs/experiments/rows.jsonl`, a training a line. Made by `{command}`; this page by\n"
     text += "`python -m benchmarks.experiments`. Wall time of a run is one thread's, other work beside it.\n"
-    text += "A row without a curve was given its stop (`--stop`), the one that the dataset's arms with a curve had chosen.\n"
+    text += "A row without a curve was given its stop (`--stop`), the one that arms with a curve had chosen.\n"
     (arguments.out / "experiments.md").write_text(text)
 
 
