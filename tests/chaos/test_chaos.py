@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,17 +63,20 @@ def test_a_redis_flushed_three_times_changes_no_pair(chaos: Chaos) -> None:
 
 
 def test_tasks_delivered_again_while_they_run_change_nothing(chaos: Chaos, tmp_path: Path) -> None:
-    """The broker takes every task for lost after a second, which each of the longer ones runs for."""
+    """The broker takes every task for lost after a second, and a slow store makes each of the longer ones run for more
+    than that on any machine."""
     write_models(tmp_path / "models")
     hasty = {"MEDDIFF_VISIBILITY_TIMEOUT": "1", "MEDDIFF_REDELIVERY_SECONDS": "1"}
     rig = Rig(tmp_path, tmp_path / "models", seed=1, more=hasty)
+    rig.to_s3.delay = 0.1
     try:
         found = Chaos(rig).quiet
         again = [line for name in SERVICES for line in rig.log_lines(name, "task delivered again")]
     finally:
         rig.close()
-    print(f"{len(again)} tasks were delivered again, of {sorted({str(line['stage']) for line in again})}")
-    assert {str(line["stage"]) for line in again} >= {"inpainter", "inpainting"}
+    stages = Counter(str(line["stage"]) for line in again)
+    print(f"delivered again: {dict(stages)}")
+    assert stages.keys() >= {"inpainter", "inpainting", "segmenter"}
     for kind in KINDS:
         assert difference(chaos.quiet[kind], found[kind]) is None
 
