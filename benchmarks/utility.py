@@ -119,7 +119,7 @@ class Trial:
     seeds: tuple[int, ...]
     cache: Path
     rows: Path
-    factor: float = 1.0  # Of the stop that was chosen: half and twice of it show whether the rule is fair.
+    factor: float = 1.0  # Of the stop: half and twice of it show whether it is fair.
     stop: int | None = None  # Given, not chosen.
 
     @property
@@ -171,7 +171,8 @@ def run(trial: Trial) -> None:
     settings = EVALUATION.model_copy(update={"segmenter": trial.segmenter})
     material = _material(trial, cases, draw)
     curve = {} if trial.stop is not None else _stop_curve(trial, material)
-    steps = trial.stop if trial.stop is not None else max(1, round(trials.best_stop(curve) * trial.factor))
+    stop = trials.best_stop(curve) if trial.stop is None else trial.stop
+    steps = max(1, round(stop * trial.factor))
     real = len(material.real)
     digests = list(cases.cases)
     for seed in trial.seeds:
