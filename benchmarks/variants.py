@@ -40,6 +40,8 @@ def strength(value: float, ring: float) -> dict[str, Any]:
     return {"inpainting": {"strength": value, "ring_strength": ring}}
 
 
+WHOLE = {"erosion": {"share": 0.0}}
+
 VARIANTS: dict[str, Variant] = {
     "synthetic": Variant(
         "the cpu recipe as it stands: composite start, strength 0.6; ever fewer in a batch, none in its last third"
@@ -50,13 +52,16 @@ VARIANTS: dict[str, Variant] = {
     ),
     "laid over": Variant("4c: any background, shapes laid over its lesion", laid=True),
     "laid over, strength 0.2": Variant("4c with 4b: the same, strength 0.2", painting=strength(0.2, 0.2), laid=True),
+    "copy-paste, no erosion": Variant("the same, labels not eroded", painting=WHOLE, start=True),
+    "strength 0.2, no erosion": Variant("4b: strength 0.2, labels not eroded", painting=strength(0.2, 0.2) | WHOLE),
+    "strength 0.2, joint": Variant("4b with 4f", painting=strength(0.2, 0.2), mixing="joint"),
     "retexture 0.5": Variant("4a: own mask, own image, strength 0.5", painting=strength(0.5, 0.3), retexture=True),
     "strength 0.2": Variant("4b: strength 0.2", painting=strength(0.2, 0.2)),
     "strength 0.4": Variant("4b: strength 0.4", painting=strength(0.4, 0.3)),
     "strength 0.8": Variant("4b: strength 0.8", painting=strength(0.8, 0.3)),
     "wide guide": Variant("4d: a guide twice as wide", painting={"inpainting": {"guide_margin": 0.3}}),
     "edge band": Variant("4d: the loss weighs five times as much along the edge", {"finetuning": {"edge_weight": 4.0}}),
-    "no erosion": Variant("labels not eroded", painting={"erosion": {"share": 0.0}}),
+    "no erosion": Variant("labels not eroded", painting=WHOLE),
     "agreement": Variant(
         "4e: pairs on which segmenters of the real cases agree with Dice 0.6 to 0.97", agreement=(0.6, 0.97)
     ),

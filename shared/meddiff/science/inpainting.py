@@ -30,6 +30,10 @@ FEATHER = 2.0
 """Pixels inside the guide over which the painting fades in."""
 COVERED_MARGIN = 0.1
 """How far beyond its mask an old lesion is filled, as a share of its equivalent diameter."""
+RIM_MARGIN = 0.1
+"""How far around its mask a donor's lesion is taken with it, as a share of its equivalent diameter."""
+RAYS = 96
+"""Rays from a lesion's centre along which its rim is fitted."""
 SHADE = 12.0
 """Grey levels added before contrasts are taken as ratios, so that near-black surroundings do not blow them up."""
 NEVER: Callable[[], bool] = lambda: False  # noqa: E731
@@ -257,10 +261,11 @@ def seam_correction(painted: Field, background: Field, shape: Mask, guide: Mask,
 def fit_lesion(
     background: Image, shape: Mask, guide: Mask, donor_image: Image, donor_mask: Mask, cover: Mask | None = None
 ) -> Image:
-    """The composite that strength below 1 starts from: a real lesion fitted into the shape.
+    """The composite that strength below 1 starts from: a real lesion fitted into the shape, rim on rim.
 
-    The donor's lesion is moved by the affine map between the second moments of the two masks (the optimal transport
-    between Gaussians: no needless turn); beyond its own rim it goes on with its nearest pixel. Its contrast to the
+    The donor's lesion and a margin around it are moved by the affine map between the second moments of the two masks
+    (the optimal transport between Gaussians: no needless turn), then along each ray from the centre until the rims
+    meet: what a real annotator drew a rim around lies within the shape, with that rim's own blur. Their contrast to the
     donor's surroundings is laid on the new surroundings. Those are the background itself, the old lesion ``cover``
     (all false: none) filled from around it; without ``cover`` the whole guide is filled from outside. Raises
     ``ValueError`` for an empty shape or donor.
@@ -270,12 +275,11 @@ def fit_lesion(
     old = guide if cover is None else guide & geometry.guide_of(cover, COVERED_MARGIN)
     window = geometry.window_around(guide, 1.5)
     healthy = _healthy(background, old, window)
-    inner = geometry.extend_window(shape, window)
-    beside_shape = geometry.crop_window(~geometry.dilate(shape, FEATHER), window)
-    contrast = _donor_contrast(donor_image, donor_mask, inner, background.shape[2])
-    lesion = contrast * (geometry.smooth_fill(healthy, ~beside_shape) + SHADE) - SHADE
-    softness = max(0.7, 0.015 * geometry.equivalent_diameter(shape))
-    opacity = ndimage.gaussian_filter(inner.astype(np.float32), softness)[..., None]
+    beyond = geometry.crop_window(~geometry.guide_of(shape, RIM_MARGIN), window)
+    contrast = _donor_contrast(donor_image, donor_mask, geometry.extend_window(shape, window), background.shape[2])
+    lesion = contrast * (geometry.smooth_fill(healthy, ~beyond) + SHADE) - SHADE
+    softness = max(0.7, 0.25 * RIM_MARGIN * geometry.equivalent_diameter(shape))
+    opacity = ndimage.gaussian_filter((~beyond).astype(np.float32), softness)[..., None]
     return _pasted(background, healthy + opacity * (lesion - healthy), window, guide)
 
 
@@ -292,31 +296,67 @@ def _pasted(background: Image, patch: Field, window: Window, guide: Mask) -> Ima
 
 
 def _donor_contrast(donor_image: Image, donor_mask: Mask, shape: Mask, channels: int) -> Field:
-    """The donor's lesion over its surroundings (h, w, channels), a ratio, in the frame of ``shape`` (h, w)."""
-    margin = geometry.guide_of(donor_mask, 0.1)
+    """The donor over its surroundings (h, w, channels), a ratio, with its lesion's rim on that of ``shape`` (h, w)."""
+    margin = geometry.guide_of(donor_mask, RIM_MARGIN)
     window = geometry.window_around(margin, 1.5)
     image = geometry.crop_window(donor_image, window).astype(np.float32)
-    lesion = geometry.crop_window(donor_mask, window)
+    lesion = geometry.extend_window(donor_mask, window)
     if image.shape[2] != channels:
         image = np.broadcast_to(image.mean(axis=2, keepdims=True), (*image.shape[:2], channels))
-    around = geometry.smooth_fill(image, ~geometry.crop_window(~margin, window))
+    around = geometry.smooth_fill(image, geometry.extend_window(margin, window))
     ratio = (image + SHADE) / (around + SHADE)
-    nearest = ndimage.distance_transform_edt(~lesion, return_distances=False, return_indices=True)
-    ratio = ratio[nearest[0], nearest[1]]
+    places = _rim_on_rim(shape, lesion)
+    side = max(8, round(window.side * geometry.equivalent_diameter(shape) / geometry.equivalent_diameter(lesion)))
+    scale = min(1.0, side / window.side)
+    within, without = (_sampled(_nearest(ratio, part), places, scale) for part in (lesion, ~lesion))
+    return np.where(shape[..., None], within, without)
+
+
+def _nearest(field: Field, known: Mask) -> Field:
+    """The field (h, w, C), where it is not known that of the nearest pixel that is."""
+    if not known.any():
+        return field
+    rows, columns = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
+    return field[rows, columns]
+
+
+def _sampled(field: Field, places: NDArray[np.float64], scale: float) -> Field:
+    """The field (side, side, C) at places (2, h, w), after it has been made smaller by ``scale``."""
+    if scale < 1:
+        side = round(scale * len(field))
+        field, places = geometry.resize_image(field, (side, side)), (places + 0.5) * (side / len(field)) - 0.5
+    channels = [ndimage.map_coordinates(field[..., c], places, order=1, mode="nearest") for c in range(field.shape[2])]
+    return np.stack(channels, axis=-1)
+
+
+def _rim_on_rim(shape: Mask, lesion: Mask) -> NDArray[np.float64]:
+    """Where in the lesion's frame each pixel of the shape's frame comes from (2, h, w): the affine map at the centre,
+    the more along its ray the nearer the rim."""
     from_centre, from_spread = _moments(lesion)
     to_centre, to_spread = _moments(shape)
-    side = max(8, round(window.side * geometry.equivalent_diameter(shape) / geometry.equivalent_diameter(lesion)))
-    if side < window.side:
-        scale = side / window.side
-        ratio = geometry.resize_image(ratio, (side, side))
-        from_centre, from_spread = (from_centre + 0.5) * scale - 0.5, from_spread * scale**2
     transport = _gaussian_transport(to_spread, from_spread)
-    grid = np.indices(shape.shape).reshape(2, -1)
-    places = from_centre[:, None] + transport @ (grid - to_centre[:, None])
-    sampled = np.empty((*shape.shape, channels), np.float32)
-    for c in range(channels):
-        sampled[..., c] = ndimage.map_coordinates(ratio[..., c], places, order=1, mode="nearest").reshape(shape.shape)
-    return sampled
+    moved = np.tensordot(transport, np.indices(shape.shape) - to_centre[:, None, None], axes=1)
+    ray = np.arctan2(moved[0], moved[1])
+    to_rim = _reach(moved[:, shape])
+    stretch = _reach(np.stack(np.nonzero(lesion)) - from_centre[:, None]) / to_rim
+    depth = np.minimum(np.hypot(*moved) / _along(ray, to_rim), 1.0)
+    return np.asarray(from_centre[:, None, None] + (1 + depth * (_along(ray, stretch.clip(0.6, 1.7)) - 1)) * moved)
+
+
+def _along(ray: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What is known for each of ``RAYS`` rays, at angles between them."""
+    angles = np.linspace(-np.pi, np.pi, RAYS, endpoint=False)
+    return np.interp(ray.ravel(), angles, values, period=2 * np.pi).reshape(ray.shape)
+
+
+def _reach(offsets: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far pixels at these offsets (2, n) from a centre reach along each of ``RAYS`` rays, smoothed."""
+    ray = np.round((np.arctan2(offsets[0], offsets[1]) + np.pi) / (2 * np.pi) * RAYS).astype(int) % RAYS
+    reach = np.zeros(RAYS)
+    np.maximum.at(reach, ray, np.hypot(*offsets))
+    hit = np.flatnonzero(reach)
+    filled = np.interp(np.arange(RAYS), hit, reach[hit], period=RAYS)
+    return np.asarray(ndimage.gaussian_filter1d(np.maximum(filled, 1.0), 1.5, mode="wrap"))
 
 
 def _moments(mask: Mask) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
