@@ -23,6 +23,7 @@ from meddiff.science.inpainting import (
     view_of,
 )
 from PIL import Image as Pillow
+from scipy import ndimage
 
 from .tiny import write_checkpoint
 
@@ -240,6 +241,31 @@ def test_the_composite_lays_the_donors_contrast_into_the_shape() -> None:
     assert (darker & shape).sum() / (darker | shape).sum() > 0.9
     ring = guide & ~geometry.dilate(shape, 3)
     assert np.abs(start[ring].astype(int) - 140).max() <= 3
+
+
+def test_a_lesion_fitted_into_its_own_shape_on_its_own_background_is_itself() -> None:
+    y, x = np.mgrid[:120, :160]
+    mask = np.asarray(((y - 60) / 25) ** 2 + ((x - 80) / 40) ** 2 <= 1)
+    soft = ndimage.gaussian_filter(mask.astype(float), 3)[..., None]
+    image = np.rint(np.repeat(180 - 90 * soft, 3, axis=2)).astype(np.uint8)
+    start = fit_lesion(image, mask, geometry.guide_of(mask, 0.2), image, mask, cover=mask)
+    assert np.abs(start.astype(int) - image).mean() < 2
+
+
+def test_the_composites_rim_lies_on_the_shapes_whatever_their_forms() -> None:
+    """Where donor and shape have nothing in common but a rim: a lesion drawn 4 px outside its visible edge stays so."""
+    donor_mask = disc((160, 160), (80, 80), 30)
+    donor = np.full((160, 160, 1), 180, np.uint8)
+    donor[disc((160, 160), (80, 80), 26)] = 60
+    background = np.full((200, 200, 1), 180, np.uint8)
+    y, x = np.mgrid[:200, :200] - 100
+    radius, angle = np.hypot(y, x), np.arctan2(y, x)
+    shape = np.asarray(radius <= 40 * (1 + 0.2 * np.cos(3 * angle)))
+    start = fit_lesion(background, shape, geometry.guide_of(shape, 0.2), donor, donor_mask, cover=np.zeros_like(shape))
+    dark = start[..., 0] < 120
+    expected = radius <= 40 * (1 + 0.2 * np.cos(3 * angle)) * 26 / 30
+    assert (dark & expected).sum() / (dark | expected).sum() > 0.95
+    assert not (dark & ~shape).any()
 
 
 def test_the_composite_matches_grey_to_colour_both_ways() -> None:
