@@ -17,7 +17,7 @@ from meddiff.science.evaluation import report
 from meddiff.science.evaluation.comparison import gain, holm
 
 from benchmarks.utility import Training, read
-from benchmarks.variants import VARIANTS
+from benchmarks.variants import GONE, VARIANTS
 
 Key = tuple[str, bool, str, int]
 """Dataset, whether its development half, segmenter, real cases."""
@@ -121,6 +121,7 @@ def page(trainings: Sequence[Training]) -> str:
             lines += [*table(found), ""]
     lines += ["## What the variants are", "", "| name | what |", "|---|---|"]
     lines += [f"| {name} | {variant.what} |" for name, variant in VARIANTS.items()]
+    lines += [f"| {name} | {what} |" for name, what in GONE.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -17,15 +17,10 @@ from meddiff.seeds import derive
 from meddiff_services.cases import Loaded
 from meddiff_services.mask_sampler.tasks import Ground, choose_donor, choose_ground
 from meddiff_services.pictures import Mask, Pixels
-from scipy import ndimage
 
 from benchmarks.sources import Case
 
 CPU = torch.device("cpu")
-BARE = 0.1
-"""The share of an old lesion that a shape laid over it may leave bare."""
-GROWN = 1.4
-"""How many times as long and wide as the old lesion a shape laid over it may be, of equal areas to begin with."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ def fit(cases: Sequence[Case], healthy: Sequence[Pixels], recipe: Recipe, seed: 
 
 class Generator:
     """A fine-tuned model at work. ``retexture``: every shape is a real case's own mask on its own image; ``decoys``:
-    a piece of healthy tissue elsewhere is repainted too; ``laid``: any background, the shape laid over its lesion."""
+    a piece of healthy tissue elsewhere is repainted too."""
 
     def __init__(
         self,
@@ -73,9 +68,8 @@ class Generator:
         *,
         retexture: bool = False,
         decoys: bool = False,
-        laid: bool = False,
     ) -> None:
-        self.recipe, self.cases, self.retexture, self.decoys, self.laid = recipe, cases, retexture, decoys, laid
+        self.recipe, self.cases, self.retexture, self.decoys = recipe, cases, retexture, decoys
         self._pairs = [_loaded(n, "pair", case.image, case.mask) for n, case in enumerate(cases)]
         self._grounds = [Ground("", pair.case, False, pair.mask) for pair in self._pairs]
         self._images = {pair.case.id: pair.image for pair in self._pairs}
@@ -143,11 +137,7 @@ class Generator:
         canvases: list[inpainting.Canvas] = []
         origins: list[tuple[int, int | None]] = []
         for one, low in zip(seeds, lows, strict=True):
-            if self.laid:
-                ground = self._grounds[derive(one, "background") % len(self._grounds)]
-                low = laid_over(low, ground.lesion)
-            else:
-                ground = choose_ground(low, self._grounds, derive(one, "background"))
+            ground = choose_ground(low, self._grounds, derive(one, "background"))
             shape = mask_generator.place(low, (ground.case.height, ground.case.width))
             old = ground.lesion if ground.lesion.any() else None
             guide = geometry.guide_of(shape, self.recipe.inpainting.guide_margin, old)
@@ -183,30 +173,6 @@ class Generator:
         kept = [canvas for canvas in plain if canvas.guide.any()]
         painted = iter(inpainting.inpaint(self.foundation, kept, self.recipe))
         return [next(painted) if canvas.guide.any() else canvas.background for canvas in plain]
-
-
-def laid_over(low: Mask, lesion: Mask) -> Mask:
-    """``low`` (h, w), mirrored, moved and scaled to cover an old lesion (H, W) in the same frame while growing least.
-
-    Of four mirror images the one that hides all but ``BARE`` of the lesion at the smallest scale; where none does at
-    ``GROWN`` times the lesion's own size, the one that hides most.
-    """
-    old = geometry.resize_mask(lesion, low.shape)
-    if not (old.any() and low.any()):
-        return low
-    centre = np.array(ndimage.center_of_mass(old))
-    best = (np.inf, np.inf, low)
-    for one in (low, low[::-1], low[:, ::-1], low[::-1, ::-1]):
-        own = np.array(ndimage.center_of_mass(one))
-        alike = float(np.sqrt(old.sum() / one.sum()))
-        for scale in alike * np.linspace(1.0, GROWN, 9):
-            soft = ndimage.affine_transform(one.astype(np.float32), [1 / scale] * 2, own - centre / scale, order=1)
-            laid = soft > 0.5
-            bare = float((old & ~laid).sum() / old.sum())
-            best = min(best, (max(bare, BARE), scale, laid), key=lambda found: found[:2])
-            if bare <= BARE:
-                break
-    return np.asarray(best[2])
 
 
 def _beside(shape: Mask, taken: Mask, seed: int) -> Mask:

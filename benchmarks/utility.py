@@ -228,7 +228,7 @@ def _material(trial: Trial, cases: Cases, draw: splits.Draw) -> Material:
         frozenset(place for place in (one.donor, one.background) if place is not None and place in trained_on)
         for one in made
     ]
-    material = Material(real, synthetic, origins, variant.mixing, trim=variant.trim)
+    material = Material(real, synthetic, origins, variant.mixing)
     return material if variant.agreement is None else _agreeing(trial, material, variant.agreement)
 
 
@@ -250,13 +250,12 @@ def pairs_of(
         variant.unlabelled or "",
         variant.pairs,
     ]
-    made_by += ["laid"] * variant.laid
     kept = trial.cache / f"{split}-{derive(*made_by):x}.pairs"
     with FileLock(kept.with_suffix(".lock")):  # Another process may need the same ones.
         if not kept.exists():
             path = trial.cache / f"{split}-{derive(recipe.model_dump_json()):x}.safetensors"
             fitted = fitted_model(train, cases.healthy, recipe, seed, path)
-            options = {"retexture": retexture, "decoys": variant.decoys, "laid": variant.laid}
+            options = {"retexture": retexture, "decoys": variant.decoys}
             generator = Generator(sources, cases.healthy, painting, fitted, **options)
             keep(kept, generator.generate(variant.pairs, seed))
     return read_made(kept)

@@ -120,21 +120,6 @@ def test_the_loss_is_least_where_the_mask_is_and_flat_nowhere_else() -> None:
     assert right < 0.01 < 2 < wrong
 
 
-def test_pixels_of_synthetic_pairs_that_real_ones_do_not_bear_out_teach_nothing() -> None:
-    masks = LEARNED.masks[:4]
-    logits = (4 * masks - 2).requires_grad_()
-    told = masks.clone()
-    told[3, :, :20, :20] = 1 - told[3, :, :20, :20]
-    counted = training.believed(logits, told, 2, 0.99)
-    assert torch.equal(counted == 0, told != masks)
-    training.segmentation_loss(logits, told, counted).backward()
-    assert logits.grad is not None
-    assert not logits.grad[counted == 0].any()
-    assert logits.grad[counted == 1].all()
-    wrong_on_real = training.believed(logits, 1 - told, 2, 0.99)
-    assert wrong_on_real[:2].all()
-
-
 LEARNED = training.Pairs.of([disc(n) for n in range(8)], 64)
 
 

@@ -28,7 +28,11 @@ from scipy import ndimage
 from .tiny import write_checkpoint
 
 SMALL = override(
-    CPU, {"foundation": {"resolution": 64}, "inpainting": {"solver_steps": 3, "ring_strength": 1.0, "batch_size": 2}}
+    CPU,
+    {
+        "foundation": {"resolution": 64},
+        "inpainting": {"solver_steps": 3, "strength": 0.6, "ring_strength": 1.0, "batch_size": 2},
+    },
 )
 
 

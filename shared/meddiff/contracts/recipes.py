@@ -224,7 +224,7 @@ CPU = Recipe(
         segment_steps=200,
         sampling_steps=20,
     ),
-    inpainting=Inpainting(solver_steps=20, strength=0.6, ring_strength=0.3, batch_size=4),
+    inpainting=Inpainting(solver_steps=20, strength=0.2, ring_strength=0.2, batch_size=4),
     work=Work(shard_size=8),
 )
 

@@ -51,7 +51,6 @@ def fit(
     seed: int,
     mixing: Mixing = "joint",
     on_step: Callable[[int], None] = lambda step: None,
-    trim: float | None = None,
 ) -> Iterator[tuple[int, nn.Module]]:
     """Training for ``steps`` steps of ``settings.batch_size`` real pairs; joint: with as many synthetic ones beside
     them; falling: with ever fewer; pretrain: after ``settings.pretrain_steps`` of synthetic ones alone. AdamW at a
@@ -60,8 +59,7 @@ def fit(
     Every ``settings.every`` steps and at the end: the steps done and the network with its averaged weights (an
     exponential moving average), the same object each time, to be used before the next is asked for. A training of N
     steps is the beginning of a longer one, and the real pairs a step draws do not depend on the synthetic ones.
-    ``on_step`` gets the steps done and ends the training by what it raises. ``trim``: pixels of synthetic pairs whose
-    loss is above this quantile of the real ones' in the batch do not count (``believed``).
+    ``on_step`` gets the steps done and ends the training by what it raises.
     """
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
@@ -78,10 +76,7 @@ def fit(
         images, masks = (torch.cat(field) for field in zip(*parts, strict=True))
         optimiser.param_groups[0]["lr"] = settings.learning_rate * min(1.0, (step + first + 1) / WARMUP_STEPS)
         optimiser.zero_grad()
-        logits = network(images.contiguous(memory_format=torch.channels_last))
-        real_ones = settings.batch_size if step >= 0 else 0
-        counted = None if trim is None or not real_ones else believed(logits, masks, real_ones, trim)
-        segmentation_loss(logits, masks, counted).backward()
+        segmentation_loss(network(images.contiguous(memory_format=torch.channels_last)), masks).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         averaged.update_parameters(network)
@@ -97,24 +92,12 @@ def synthetic_beside(settings: Evaluation, step: int, mixing: Mixing) -> int:
     return whole if mixing == "joint" or step < 0 else 0
 
 
-def segmentation_loss(logits: Tensor, masks: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy plus soft Dice loss (Milletari et al., 2016), each a mean over the pairs, of the pixels that
-    are 1 in ``counted`` (n, 1, s, s); without it, of all."""
-    within = torch.ones_like(masks) if counted is None else counted
-    p, truth = logits.sigmoid() * within, masks * within
-    dice = (2 * (p * truth).sum(dim=(1, 2, 3)) + 1) / (p.sum(dim=(1, 2, 3)) + truth.sum(dim=(1, 2, 3)) + 1)
-    entropy = F.binary_cross_entropy_with_logits(logits, masks, weight=within)
-    return entropy + (1 - dice).mean()
-
-
-@torch.no_grad()
-def believed(logits: Tensor, masks: Tensor, real: int, quantile: float) -> Tensor:
-    """(n, 1, s, s) of 0 and 1, 0 where the cross-entropy of a pair after the first ``real`` is above this quantile of
-    theirs: a label that painting did not follow is likelier there than something to learn."""
-    entropy = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
-    counted = entropy <= torch.quantile(entropy[:real].flatten(), quantile)
-    counted[:real] = True
-    return counted.to(masks.dtype)
+def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Binary cross-entropy plus soft Dice loss (Milletari et al., 2016), each a mean over the pairs."""
+    p = logits.sigmoid()
+    overlap = (p * masks).sum(dim=(1, 2, 3))
+    dice = (2 * overlap + 1) / (p.sum(dim=(1, 2, 3)) + masks.sum(dim=(1, 2, 3)) + 1)
+    return F.binary_cross_entropy_with_logits(logits, masks) + (1 - dice).mean()
 
 
 @torch.no_grad()

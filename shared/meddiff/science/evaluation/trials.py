@@ -25,15 +25,13 @@ OnStep = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Material:
     """What an arm's segmenters are trained on. ``made_from``: of each synthetic pair the places of the real ones that
-    it shows (its donor, its background). ``patients``: of each real one whose it is; where empty, all differ. ``trim``:
-    ``training.fit``'s."""
+    it shows (its donor, its background). ``patients``: of each real one whose it is; where empty, all differ."""
 
     real: Sequence[Pair]
     synthetic: Sequence[Pair] = ()
     made_from: Sequence[frozenset[int]] = ()
     mixing: Mixing = "joint"
     patients: Sequence[str] = ()
-    trim: float | None = None
 
 
 def stop_curve(material: Material, settings: Evaluation, seed: int, on_step: OnStep) -> dict[int, float]:
@@ -51,7 +49,7 @@ def stop_curve(material: Material, settings: Evaluation, seed: int, on_step: OnS
         apart = [not origin & set(held) for origin in material.made_from]
         kept = [pair for pair, fit in zip(material.synthetic, apart, strict=True) if fit]
         told = _from(on_step, number * settings.steps, len(parts) * settings.steps)
-        apart_from = Material(inside, kept, mixing=material.mixing, trim=material.trim)
+        apart_from = Material(inside, kept, mixing=material.mixing)
         for steps, network in _fitted(apart_from, settings, settings.steps, derive(seed, "inner", number), told):
             dice[steps] += [judge(network, settings, material.real[place]).dice for place in held]
     return {steps: float(np.mean(values)) for steps, values in dice.items()}
@@ -84,8 +82,7 @@ def _fitted(
     real = training.Pairs.of(material.real, settings.size)
     synthetic = training.Pairs.of(material.synthetic, settings.size) if material.synthetic else None
     network = segmenters.build(settings.segmenter, derive(seed, "weights"))
-    drawn = derive(seed, "batches")
-    return training.fit(network, real, synthetic, settings, steps, drawn, material.mixing, on_step, material.trim)
+    return training.fit(network, real, synthetic, settings, steps, derive(seed, "batches"), material.mixing, on_step)
 
 
 def judge(network: nn.Module, settings: Evaluation, pair: Pair) -> Figures:
