@@ -70,7 +70,8 @@ VARIANTS: dict[str, Variant] = {
 
 GONE = {
     "first recipe": "lesions fitted by an affine map alone, strength 0.6; what follows a comma is a variant of that",
-    "first recipe, laid over": "4c: any background, shapes laid over its lesion",
+    "first recipe, laid over, strength 0.2": "4c: any background, shapes laid over its lesion",
+    "first recipe, copy-paste, laid over": "the same, nothing painted",
     "first recipe, trimmed": "4e: pixels whose loss is above 98 % of the real ones' ignored, joint",
 }
 """Arms of the rows whose code is gone, for they did not help."""
