@@ -52,14 +52,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     """Two lesion-free photographs of 3024 x 2016."""
     folder = tmp_path_factory.mktemp("large")
     (folder / "backgrounds").mkdir()
-    rng = np.random.default_rng(0)
-    for n in range(2):
-        coarse = Image.fromarray(rng.integers(120, 200, (42, 63, 3), np.uint8))
-        coarse.resize((3024, 2016), Image.Resampling.BICUBIC).save(folder / "backgrounds" / f"{n}.jpg", quality=95)
+    for n, path in enumerate(sorted((dataset / "backgrounds").iterdir())[:2]):
+        skin = Image.open(path).resize((3024, 2016), Image.Resampling.BICUBIC)
+        skin.save(folder / "backgrounds" / f"{n}.jpg", quality=95)
     return folder
 
 
