@@ -214,6 +214,9 @@ def _material(trial: Trial, cases: Cases, draw: splits.Draw) -> Material:
     if variant.copies:
         copies = [real[place % len(real)] for place in range(variant.pairs)]
         return Material(real, copies, [frozenset({place % len(real)}) for place in range(variant.pairs)])
+    if variant.healthy:
+        empty = [(image, np.zeros(image.shape[:2], bool)) for image in cases.healthy]
+        return Material(real, empty, [frozenset()] * len(empty), variant.mixing)
     pseudo = _pseudo_labelled(trial) if variant.unlabelled else []
     if variant.unlabelled == "pairs":
         synthetic = [(case.image, case.mask) for case in pseudo]

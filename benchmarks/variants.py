@@ -13,9 +13,10 @@ class Variant:
     """``what``: a line for the table. ``fitting`` and ``painting``: changes of the recipe before and after the
     fine-tune (variants of equal ``fitting`` share one). ``start``: the composites themselves, nothing painted.
     ``shift``: labels moved by this share of the width. ``copies``: the real cases in place of synthetic ones.
-    ``relabel``: inside the guide the label is what segmenters see that did not train on the donor. ``unlabelled``: real
-    cases without their masks, which segmenters of the training cases draw instead: as they are (``pairs``), or among
-    the training cases as donors and backgrounds (``sources``), or repainted to fit the drawn masks (``retexture``)."""
+    ``healthy``: the dataset's lesion-free images with empty masks in their place. ``relabel``: inside the guide the
+    label is what segmenters see that did not train on the donor. ``unlabelled``: real cases without their masks, which
+    segmenters of the training cases draw instead: as they are (``pairs``), or among the training cases as donors and
+    backgrounds (``sources``), or repainted to fit the drawn masks (``retexture``)."""
 
     what: str
     fitting: dict[str, Any] = field(default_factory=dict)
@@ -25,6 +26,7 @@ class Variant:
     start: bool = False
     shift: float = 0.0
     copies: bool = False
+    healthy: bool = False
     agreement: tuple[float, float] | None = None
     relabel: bool = False
     unlabelled: Literal["pairs", "sources", "retexture"] | None = None
@@ -64,6 +66,7 @@ VARIANTS: dict[str, Variant] = {
         painting=strength(0.5, 0.3),
         unlabelled="retexture",
     ),
+    "lesion-free": Variant("the lesion-free images as they are: what a gain owes to them alone", healthy=True),
     "shifted": Variant("must lose: labels moved by 15 % of the width", shift=0.15, mixing="joint"),
     "copies": Variant("must be null: the real cases again", copies=True, mixing="joint"),
 }
