@@ -272,6 +272,15 @@ def test_the_composites_rim_lies_on_the_shapes_whatever_their_forms() -> None:
     assert not (dark & ~shape).any()
 
 
+@pytest.mark.parametrize(("radius", "donor_radius"), [(0, 20), (20, 0), (0, 0)])
+def test_a_lesion_may_be_a_single_pixel(radius: int, donor_radius: int) -> None:
+    background, donor = noise((80, 80), 3), noise((80, 80), 3, 1)
+    shape, donor_mask = disc((80, 80), (40, 40), radius), disc((80, 80), (30, 50), donor_radius)
+    guide = geometry.guide_of(shape, 0.2)
+    start = fit_lesion(background, shape, guide, donor, donor_mask, cover=np.zeros_like(shape))
+    assert (start[~guide] == background[~guide]).all()
+
+
 def test_the_composite_matches_grey_to_colour_both_ways() -> None:
     mask = disc((80, 80), (40, 40), 20)
     guide = geometry.guide_of(mask, 0.1)

@@ -307,8 +307,7 @@ def _donor_contrast(donor_image: Image, donor_mask: Mask, shape: Mask, channels:
     ratio = (image + SHADE) / (around + SHADE)
     places = _rim_on_rim(shape, lesion)
     side = max(8, round(window.side * geometry.equivalent_diameter(shape) / geometry.equivalent_diameter(lesion)))
-    scale = min(1.0, side / window.side)
-    within, without = (_sampled(_nearest(ratio, part), places, scale) for part in (lesion, ~lesion))
+    within, without = (_sampled(_nearest(ratio, part), places, min(side, window.side)) for part in (lesion, ~lesion))
     return np.where(shape[..., None], within, without)
 
 
@@ -320,10 +319,9 @@ def _nearest(field: Field, known: Mask) -> Field:
     return field[rows, columns]
 
 
-def _sampled(field: Field, places: NDArray[np.float64], scale: float) -> Field:
-    """The field (side, side, C) at places (2, h, w), after it has been made smaller by ``scale``."""
-    if scale < 1:
-        side = round(scale * len(field))
+def _sampled(field: Field, places: NDArray[np.float64], side: int) -> Field:
+    """The square field (s, s, C) at places (2, h, w), after it has been made smaller to ``side``."""
+    if side < len(field):
         field, places = geometry.resize_image(field, (side, side)), (places + 0.5) * (side / len(field)) - 0.5
     channels = [ndimage.map_coordinates(field[..., c], places, order=1, mode="nearest") for c in range(field.shape[2])]
     return np.stack(channels, axis=-1)
@@ -353,10 +351,10 @@ def _reach(offsets: NDArray[np.float64]) -> NDArray[np.float64]:
     """How far pixels at these offsets (2, n) from a centre reach along each of ``RAYS`` rays, smoothed."""
     ray = np.round((np.arctan2(offsets[0], offsets[1]) + np.pi) / (2 * np.pi) * RAYS).astype(int) % RAYS
     reach = np.zeros(RAYS)
-    np.maximum.at(reach, ray, np.hypot(*offsets))
+    np.maximum.at(reach, ray, np.hypot(*offsets) + 0.5)  # To the pixel's edge.
     hit = np.flatnonzero(reach)
     filled = np.interp(np.arange(RAYS), hit, reach[hit], period=RAYS)
-    return np.asarray(ndimage.gaussian_filter1d(np.maximum(filled, 1.0), 1.5, mode="wrap"))
+    return np.asarray(ndimage.gaussian_filter1d(filled, 1.5, mode="wrap"))
 
 
 def _moments(mask: Mask) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
