@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from meddiff.contracts.base import Contract, DatasetId
 from meddiff.contracts.dataset import Case
@@ -39,22 +41,17 @@ def drawn(work: Work) -> list[Candidate]:
     return [Candidate.model_validate(c) for c in work.marker("masks", work.shard).output["candidates"]]
 
 
-def background_image(work: Job, candidate: Candidate) -> Pixels:
-    """The picture below the lesion: the case itself, or the model's repaired copy of it."""
-    if candidate.repaired:
-        key = ModelKeys(work.tenant, work.spec.model_id).background(candidate.background.id)
-        return decode_png(work.store.get(key))
-    return load_ground(work, candidate).image
+def ground_of(work: Job, candidate: Candidate) -> Loaded:
+    """The picture below the lesion and the old lesion in it: the case itself, or the model's repaired copy of it, which
+    has none."""
+    ground = load(work, candidate.dataset_id, candidate.background)
+    if not candidate.repaired:
+        return ground
+    key = ModelKeys(work.tenant, work.spec.model_id).background(candidate.background.id)
+    return replace(ground, image=decode_png(work.store.get(key)), mask=np.zeros_like(ground.mask))
 
 
-def load_ground(work: Job, candidate: Candidate) -> Loaded:
-    """The case that the background is, with the lesion that the guide covers."""
-    return load(work, candidate.dataset_id, candidate.background)
-
-
-def composite(work: Job, candidate: Candidate, shape: Mask, guide: Mask) -> Pixels:
-    """The donor's lesion fitted into the shape on the background, colours matched: what painting starts from."""
+def composite(work: Job, candidate: Candidate, ground: Loaded, shape: Mask, guide: Mask) -> Pixels:
+    """The donor's lesion fitted into the shape on the ground, colours matched: what painting starts from."""
     donor = load(work, work.spec.dataset_id, candidate.donor)
-    old = np.zeros_like(shape) if candidate.repaired else load_ground(work, candidate).mask
-    background = background_image(work, candidate)
-    return inpainting.fit_lesion(background, shape, guide, donor.image, donor.mask, cover=old)
+    return inpainting.fit_lesion(ground.image, shape, guide, donor.image, donor.mask, cover=ground.mask)

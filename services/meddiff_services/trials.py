@@ -17,7 +17,7 @@ from meddiff.science.evaluation.trials import Material
 from meddiff.store.keys import JobKeys
 from meddiff.store.objects import ObjectStore
 
-from meddiff_services.candidates import Candidate, composite
+from meddiff_services.candidates import Candidate, composite, ground_of
 from meddiff_services.cases import Loaded, OtherJob, load
 from meddiff_services.pictures import decode_mask, decode_png
 from meddiff_services.worker import Work
@@ -72,7 +72,8 @@ def _picture(work: Work, number: int, arm: Arm, pair: Pair, candidate: Candidate
     if arm.source == "synthetic":
         return decode_png(work.store.get(pair.image.key)), decode_mask(work.store.get(pair.label.key))
     shape, guide = (decode_mask(work.store.get(picture.key)) for picture in (pair.shape, pair.guide))
-    return composite(_makers(work, number), candidate, shape, guide), shape
+    makers = _makers(work, number)
+    return composite(makers, candidate, ground_of(makers, candidate), shape, guide), shape
 
 
 def made(work: Work, number: int) -> list[tuple[Pair, Candidate]]:

@@ -15,7 +15,7 @@ from meddiff.seeds import derive
 from meddiff.store.keys import ModelKeys
 from safetensors.torch import load_file
 
-from meddiff_services.candidates import Candidate, background_image, composite, drawn
+from meddiff_services.candidates import Candidate, composite, drawn, ground_of
 from meddiff_services.cases import finetuning_recipe, imported, load, training_cases
 from meddiff_services.loading import fetch_folder, fingerprint, load_foundation, load_model
 from meddiff_services.pictures import decode_mask
@@ -43,11 +43,11 @@ def _model(work: Work) -> Foundation:
 
 
 def _canvas(work: Work, candidate: Candidate) -> inpainting.Canvas:
-    background = background_image(work, candidate)
+    ground = ground_of(work, candidate)
     shape = decode_mask(work.store.get(work.keys.candidate(candidate.index, "shape")))
     guide = decode_mask(work.store.get(work.keys.candidate(candidate.index, "guide")))
-    start = composite(work, candidate, shape, guide) if work.spec.recipe.inpainting.strength < 1 else None
-    return inpainting.Canvas(background, shape, guide, start, derive(candidate.seed, "noise"))
+    start = composite(work, candidate, ground, shape, guide) if work.spec.recipe.inpainting.strength < 1 else None
+    return inpainting.Canvas(ground.image, shape, guide, start, derive(candidate.seed, "noise"))
 
 
 def backgrounds(work: Work) -> Outcome:

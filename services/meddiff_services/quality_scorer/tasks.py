@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from meddiff import __version__, metrics, signatures
 from meddiff.contracts.base import sha256_hex
-from meddiff.contracts.dataset import Case, Dataset
+from meddiff.contracts.dataset import Dataset
 from meddiff.contracts.jobs import EvaluateSpec, FinetuneSpec
 from meddiff.contracts.manifest import (
     Background,
@@ -32,15 +32,16 @@ from meddiff.planning import selection
 from meddiff.science import erosion, quality
 from meddiff.store.keys import ModelKeys
 
-from meddiff_services.candidates import Candidate, background_image, drawn
+from meddiff_services.candidates import Candidate, drawn, ground_of
 from meddiff_services.cases import imported, load, model_card, training_cases
 from meddiff_services.loading import load_encoder
-from meddiff_services.pictures import Mask, Pixels, decode_mask, decode_png, overlay, sheet
+from meddiff_services.pictures import Mask, Pixels, decode_mask, decode_png, overlay, sheet, tile
 from meddiff_services.quality_scorer.reporting import report
 from meddiff_services.quality_scorer.splitting import split
 from meddiff_services.worker import Outcome, Work
 
 SHEET_PAIRS = 100
+SHEET_PX = 112
 
 
 def import_(work: Work) -> Outcome:
@@ -134,7 +135,7 @@ def _judged(
         window=candidate.window,
         background=Background(sha256=candidate.background.image_sha256, repaired=candidate.repaired),
         scores=scores,
-        outside_guide_max_diff=max_difference(image, background_image(work, candidate), ~guide),
+        outside_guide_max_diff=max_difference(image, ground_of(work, candidate).image, ~guide),
     )
     return selection.Entry(index=candidate.index, reason=None, signature=signature, pair=pair)
 
@@ -220,18 +221,26 @@ def _sweep(work: Work, kept: set[str]) -> None:
 def _contact_sheet(work: Work, pairs: tuple[Pair, ...]) -> bytes:
     """Image, guide, label and overlay of each pair, and beside each the nearest real image."""
     cases = {case.image_sha256: case for case in load_dataset(work.store, work.tenant, work.spec.dataset_id).cases}
-    rows: list[list[Pixels | Mask]] = []
+    rows: list[list[Pixels]] = []
+    nearest: dict[str, Pixels] = {}
     for pair in pairs:
         image = decode_png(work.store.get(pair.image.key))
         label = decode_mask(work.store.get(pair.label.key))
         guide = decode_mask(work.store.get(pair.guide.key))
-        nearest: Case = cases[pair.scores.nearest_sha256]
-        real = load(work, work.spec.dataset_id, nearest)
-        rows.append([image, guide, label, overlay(image, label), overlay(real.image, real.mask)])
+        digest = pair.scores.nearest_sha256
+        if digest not in nearest:
+            real = load(work, work.spec.dataset_id, cases[digest])
+            nearest[digest] = _thumbnail(overlay(real.image, real.mask))
+        shown = [_thumbnail(image), _thumbnail(guide), _thumbnail(label), _thumbnail(overlay(image, label))]
+        rows.append([*shown, nearest[digest]])
         work.progress(len(rows), len(pairs), "pairs")
     header = ["synthetic", "guide", "label", "overlay", "nearest real"]
     captions = [f"{pair.index}: {pair.scores.nearest_real:.2f} to the nearest real" for pair in pairs]
-    return sheet(rows, header, captions, side=112, groups=2)
+    return sheet(rows, header, captions, side=SHEET_PX, groups=2)
+
+
+def _thumbnail(pixels: Pixels | Mask) -> Pixels:
+    return np.asarray(tile(pixels, SHEET_PX))
 
 
 for _outcome in ("accepted", *get_args(Reason)):
