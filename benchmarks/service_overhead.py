@@ -23,6 +23,7 @@ from meddiff.embedded import stack
 from meddiff.store.keys import ModelKeys
 from meddiff.store.objects import ObjectStore
 from meddiff_services.loading import fetch_folder
+from threadpoolctl import threadpool_limits
 
 from benchmarks.in_process import Generator
 from benchmarks.sources import cases_by_digest
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
+    threadpool_limits(1, user_api="blas")  # As in a worker.
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         running = stack.up(home / "stack", inpainters=2, file_roots=[arguments.data])

@@ -43,6 +43,7 @@ from meddiff.store.objects import NotFound, ObjectStore, StoreError, StoreUnavai
 from meddiff.telemetry import configure_logs
 from prometheus_client import start_http_server
 from redis import RedisError
+from threadpoolctl import threadpool_limits
 
 HEARTBEAT_SECONDS = 3.0
 READY_CHECK_SECONDS = 0.1
@@ -371,6 +372,7 @@ def main(service: str, queues: Sequence[Queue], stages: str) -> None:
             log.error("worker cannot start", error=f"{type(error).__name__}: {error}", trace=_places(error))
             os.kill(os.getppid(), signal.SIGTERM)
             return
+        threadpool_limits(1, user_api="blas")  # Threads for small products hold up the other workers.
         for stage in worker.stages:
             metrics.LEASES_LOST.labels(stage)
             metrics.TASKS_REDELIVERED.labels(stage)
