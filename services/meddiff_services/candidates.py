@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from meddiff.contracts.base import Contract, DatasetId
 from meddiff.contracts.dataset import Case
@@ -44,11 +42,10 @@ def drawn(work: Work) -> list[Candidate]:
 def ground_of(work: Job, candidate: Candidate) -> Loaded:
     """The picture below the lesion and the old lesion in it: the case itself, or the model's repaired copy of it, which
     has none."""
-    ground = load(work, candidate.dataset_id, candidate.background)
     if not candidate.repaired:
-        return ground
-    key = ModelKeys(work.tenant, work.spec.model_id).background(candidate.background.id)
-    return replace(ground, image=decode_png(work.store.get(key)), mask=np.zeros_like(ground.mask))
+        return load(work, candidate.dataset_id, candidate.background)
+    image = decode_png(work.store.get(ModelKeys(work.tenant, work.spec.model_id).background(candidate.background.id)))
+    return Loaded(candidate.dataset_id, candidate.background, image, np.zeros(image.shape[:2], np.bool_))
 
 
 def composite(work: Job, candidate: Candidate, ground: Loaded, shape: Mask, guide: Mask) -> Pixels:
