@@ -298,6 +298,17 @@ def test_annotation_equivalents_are_read_off_the_learning_curve() -> None:
     assert beyond.equivalents.mean == pytest.approx(30)
 
 
+def test_arms_are_compared_on_the_runs_that_both_have() -> None:
+    """A lucky seed that only one of the arms has had is not the arm's merit."""
+    found = [
+        row.model_copy(update={"dice": row.dice - 0.2 * row.seed}) for row in rows(0.05, noise=0.0) if row.split == 0
+    ]
+    unfinished = [row for row in found if row.seed == 0 or row.arm in (REAL, "real x0.5")]
+    (_, half, twice, synthetic) = report.arm_results(unfinished, ARMS)
+    assert [result.gain and result.gain.mean for result in (half, twice, synthetic)] == pytest.approx([-10, 10, 5])
+    assert [point.dice for point in report.learning_curve(unfinished, ARMS)] == pytest.approx([0.5, 0.6, 0.7])
+
+
 def test_a_curve_that_falls_by_chance_is_made_to_rise_and_a_flat_one_gives_no_reading() -> None:
     curve = report.learning_curve(rows(0.0), ARMS)
     assert [point.real for point in curve] == [15, 30, 60]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -63,14 +63,15 @@ def _result(
 
 
 def differences(arm: Sequence[Row], real: Sequence[Row]) -> list[NDArray[np.float64]]:
-    """Of each split that both have, the cases' Dice under one arm less that under the other, seeds averaged."""
-    found = []
-    for split in sorted({row.split for row in arm} & {row.split for row in real}):
-        ours, theirs = (_by_case([row for row in rows if row.split == split]) for rows in (arm, real))
-        both = sorted(ours.keys() & theirs.keys())
-        if both:
-            found.append(np.array([ours[case] - theirs[case] for case in both]))
-    return found
+    """Of each split, the cases' Dice under one arm less that under the other, averaged over the seeds that both have:
+    much of what a seed does to a run it does to every arm."""
+    ours, theirs = _by_run(arm), _by_run(real)
+    found: dict[int, list[dict[str, float]]] = defaultdict(list)
+    for run in sorted(ours.keys() & theirs.keys()):
+        one, other = ({row.case: row.dice for row in runs[run]} for runs in (ours, theirs))
+        found[run[0]].append({case: one[case] - other[case] for case in one.keys() & other.keys()})
+    means = [[np.mean(values) for _, values in sorted(_collected(runs).items())] for runs in found.values()]
+    return [np.array(draw) for draw in means if draw]
 
 
 def seed_spread(rows: Sequence[Row]) -> float | None:
@@ -83,16 +84,16 @@ def seed_spread(rows: Sequence[Row]) -> float | None:
 
 
 def learning_curve(rows: Sequence[Row], arms: Sequence[Arm]) -> tuple[CurvePoint, ...]:
-    """Mean Dice of the arms of real cases alone, by the number of cases, over the splits that have them all; made to
-    rise (pool adjacent violators), for more cases do not make a segmenter worse but by chance."""
-    alone = {arm.name for arm in arms if arm.source is None}
-    by_arm = {name: found for name, found in _by_arm(rows).items() if name in alone and found}
-    if not by_arm:
-        return ()
-    common = set.intersection(*({row.split for row in found} for found in by_arm.values()))
-    kept = [[row for row in found if row.split in common] for found in by_arm.values()]
-    points = sorted((float(np.mean([r.real for r in some])), _mean(some, "dice")) for some in kept if some)
-    return tuple(CurvePoint(real=real, dice=dice) for real, dice in _rising(points))
+    """Dice of the arms of real cases alone, by the number of cases: that of ``real`` and each one's mean difference
+    from it; made to rise (pool adjacent violators), for more cases do not make a segmenter worse but by chance."""
+    by_arm = _by_arm(rows)
+    real, points = by_arm[REAL], []
+    for arm in arms:
+        some = by_arm[arm.name]
+        if arm.source is None and (change := differences(some, real)):
+            gained = float(np.mean([draw.mean() for draw in change]))
+            points.append((float(np.mean([row.real for row in some])), _mean(real, "dice") + gained))
+    return tuple(CurvePoint(real=count, dice=dice) for count, dice in _rising(sorted(points)))
 
 
 def _rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -205,8 +206,9 @@ def _by_run(rows: Sequence[Row]) -> dict[tuple[int, int], list[Row]]:
     return found
 
 
-def _by_case(rows: Sequence[Row]) -> dict[str, float]:
+def _collected(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        found[row.case].append(row.dice)
-    return {case: float(np.mean(values)) for case, values in found.items()}
+    for run in runs:
+        for case, value in run.items():
+            found[case].append(value)
+    return found
