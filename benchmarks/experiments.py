@@ -21,7 +21,9 @@ from benchmarks.variants import GONE, VARIANTS
 
 Key = tuple[str, bool, str, int]
 """Dataset, whether its development half, segmenter, real cases."""
-ASKED = ("synthetic", "copy-paste", "real x2")
+ASKED = ("synthetic", "copy-paste", "real x1.5", "real x2")
+AGAINST = (*((arm, REAL) for arm in ASKED), ("synthetic", "copy-paste"), ("synthetic", "real x1.5"))
+"""The comparisons that the page opens with."""
 
 
 def arm_of(training: Training) -> Arm:
@@ -40,12 +42,13 @@ def results(trainings: Sequence[Training]) -> tuple[ArmResult, ...]:
     return report.arm_results([row for one in trainings for row in one.rows()], ordered)
 
 
-def over_datasets(groups: Mapping[Key, Sequence[Training]], arm: str) -> tuple[int, Interval] | None:
-    """The mean gain of an arm over the datasets that have it; datasets are fixed, their draws and cases resampled."""
+def over_datasets(groups: Mapping[Key, Sequence[Training]], arm: str, other: str) -> tuple[int, Interval] | None:
+    """The mean gain of an arm over another, on the datasets that have both; datasets are fixed, their draws and cases
+    resampled."""
     found = []
     for trainings in groups.values():
         rows = [row for one in trainings for row in one.rows()]
-        change = report.differences([r for r in rows if r.arm == arm], [r for r in rows if r.arm == REAL])
+        change = report.differences([r for r in rows if r.arm == arm], [r for r in rows if r.arm == other])
         if change:
             found.append(change)
     if not found:
@@ -163,15 +166,15 @@ def answer(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
     """What the page opens with."""
     for development in (False, True):
         some = {key: found for key, found in groups.items() if key[1] == development and key[3] == 30}
-        found = {arm: over_datasets(some, arm) for arm in ASKED}
+        found = {names: over_datasets(some, *names) for names in AGAINST}
         lines = [
-            f"{arm}: {interval(one[1])} points of Dice over 30 real cases alone, mean of {one[0]} dataset(s)."
-            for arm, one in found.items()
+            f"{arm} over {other}: {interval(one[1])} points of Dice, mean of {one[0]} dataset(s)."
+            for (arm, other), one in found.items()
             if one is not None
         ]
         if lines:
             where = "on cases of the development half" if development else "on cases kept for the end"
-            return [f"**The answer so far**, {where}:", "", *[f"* {line}" for line in lines], "", *overview(some)]
+            return [f"**The answer so far**, {where}, 30 real cases:", "", *[f"* {line}" for line in lines], "", *overview(some)]
     return ["No run has ended yet."]
 
 

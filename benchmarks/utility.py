@@ -51,6 +51,8 @@ TUNED_ON = frozenset({"DDTI", "ISIC-2017", "ISIC-2018"})
 CASE = 12  # Hex digits of a digest that name a case in the rows.
 
 RECIPE = override(CPU, {"work": {"training_threads": 1, "inference_threads": 1}})
+FITTED_BY: dict[str, Any] = {"foundation": True, "finetuning": True, "mask_generation": True, "inpainting": {"context"}}
+"""The fields of a recipe that a fit depends on."""
 
 
 def is_development(dataset: str, digest: str) -> bool:
@@ -247,7 +249,7 @@ def pairs_of(
     seed = derive(cases.name, "generator", trial.draw)
     split = f"{cases.name}-{trial.development:d}-{trial.train}-{trial.draw}"
     made_by: list[str | int] = [
-        painting.model_dump_json(),
+        painting.model_dump_json(exclude={"evaluation"}),
         retexture,
         variant.decoys,
         variant.unlabelled or "",
@@ -256,7 +258,7 @@ def pairs_of(
     kept = trial.cache / f"{split}-{derive(*made_by):x}.pairs"
     with FileLock(kept.with_suffix(".lock")):  # Another process may need the same ones.
         if not kept.exists():
-            path = trial.cache / f"{split}-{derive(recipe.model_dump_json()):x}.safetensors"
+            path = trial.cache / f"{split}-{derive(recipe.model_dump_json(include=FITTED_BY)):x}.safetensors"
             fitted = fitted_model(train, cases.healthy, recipe, seed, path)
             options = {"retexture": retexture, "decoys": variant.decoys}
             generator = Generator(sources, cases.healthy, painting, fitted, **options)
