@@ -174,7 +174,13 @@ def answer(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
         ]
         if lines:
             where = "on cases of the development half" if development else "on cases kept for the end"
-            return [f"**The answer so far**, {where}, 30 real cases:", "", *[f"* {line}" for line in lines], "", *overview(some)]
+            return [
+                f"**The answer so far**, {where}, 30 real cases:",
+                "",
+                *[f"* {line}" for line in lines],
+                "",
+                *overview(some),
+            ]
     return ["No run has ended yet."]
 
 
