@@ -70,18 +70,22 @@ class Generator:
         decoys: bool = False,
     ) -> None:
         self.recipe, self.cases, self.retexture, self.decoys = recipe, cases, retexture, decoys
-        self._pairs = [_loaded(n, "pair", case.image, case.mask) for n, case in enumerate(cases)]
-        self._grounds = [Ground("", pair.case, False, pair.mask) for pair in self._pairs]
-        self._images = {pair.case.id: pair.image for pair in self._pairs}
-        if healthy and not retexture:
-            clear = [
-                _loaded(len(cases) + n, "background", i, np.zeros(i.shape[:2], bool)) for n, i in enumerate(healthy)
-            ]
-            self._grounds = [Ground("", one.case, False, one.mask) for one in clear]
-            self._images |= {one.case.id: one.image for one in clear}
         self.foundation = foundation.load(recipe.foundation.source, torch.float32, CPU)
         self.foundation.unet.load_state_dict(_part(fitted, "unet."))
         self.foundation.unet.eval()
+        self._pairs = [_loaded(n, "pair", case.image, case.mask) for n, case in enumerate(cases)]
+        clear = [] if retexture else list(healthy)
+        if not clear and recipe.inpainting.background == "repair":
+            clear = [
+                inpainting.repair(self.foundation, case.image, case.mask, recipe, derive("repair", n))
+                for n, case in enumerate(cases)
+            ]
+        apart = 0 if clear and not healthy else len(cases)
+        grounds = [
+            _loaded(apart + n, "background", image, np.zeros(image.shape[:2], bool)) for n, image in enumerate(clear)
+        ] or self._pairs
+        self._grounds = [Ground("", one.case, False, one.mask) for one in grounds]
+        self._images = {one.case.id: one.image for one in grounds}
         self._masks = mask_generator.build(recipe.mask_generation)
         self._masks.load_state_dict(_part(fitted, "masks."))
         self._masks.eval()
@@ -145,7 +149,8 @@ class Generator:
             below, case = self._images[ground.case.id], self.cases[donor]
             start = inpainting.fit_lesion(below, shape, guide, case.image, case.mask, cover=ground.lesion)
             canvases.append(inpainting.Canvas(below, shape, guide, start, derive(one, "noise")))
-            origins.append((donor, int(ground.case.id) if ground.lesion.any() else None))
+            place = int(ground.case.id)
+            origins.append((donor, place if place < len(self.cases) else None))
         return canvases, origins
 
     def _retextured(

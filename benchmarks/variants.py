@@ -1,4 +1,8 @@
-"""What an experiment may change of how synthetic pairs are made and mixed: one entry a candidate, by name."""
+"""What an experiment may change of how synthetic pairs are made and mixed: one entry a candidate, by name.
+
+``first foundation`` needs the weights of then: ``mkdir -p out/first-foundation; git archive eff7a7a^
+shared/meddiff/foundations/small | tar x -C out/first-foundation --strip-components 4``.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +47,19 @@ VARIANTS: dict[str, Variant] = {
         "the cpu recipe as it stands: composite start, strength 0.2; ever fewer in a batch, none in its last third"
     ),
     "copy-paste": Variant("the composites themselves: a lesion fitted into a new shape, colours matched", start=True),
+    "copy-paste, repaired": Variant(
+        "the composites of ``repaired``, nothing painted in them",
+        painting={"inpainting": {"background": "repair"}},
+        start=True,
+    ),
     "retexture 0.5": Variant("4a: own mask, own image, strength 0.5", painting=strength(0.5, 0.3), retexture=True),
     "strength 0.4": Variant("4b: strength 0.4", painting=strength(0.4, 0.3)),
     "strength 0.6": Variant("4b: strength 0.6", painting=strength(0.6, 0.3)),
     "strength 0.8": Variant("4b: strength 0.8", painting=strength(0.8, 0.3)),
+    "repaired": Variant(
+        "4c: the paper's backgrounds, lesions repaired away, and shapes anywhere on them",
+        painting={"inpainting": {"background": "repair"}},
+    ),
     "wide guide": Variant("4d: a guide twice as wide", painting={"inpainting": {"guide_margin": 0.3}}),
     "edge band": Variant("4d: the loss weighs five times as much along the edge", {"finetuning": {"edge_weight": 4.0}}),
     "no erosion": Variant("labels not eroded", painting={"erosion": {"share": 0.0}}),
@@ -58,6 +71,10 @@ VARIANTS: dict[str, Variant] = {
     "pretrain": Variant("4f: synthetic first, then real", mixing="pretrain"),
     "300 pairs": Variant("300 pairs instead of 90", pairs=300),
     "240 steps": Variant("4h: fine-tuned for half as long", fitting={"finetuning": {"steps": 240}}),
+    "first foundation": Variant(
+        "4j: the built-in foundation as it was before: 4 px to a cell, 29 dB on PH2, the U-Net trained for less",
+        fitting={"foundation": {"source": "out/first-foundation"}},
+    ),
     "decoys": Variant("4i: healthy tissue repainted elsewhere", decoys=True),
     "pseudo-labels": Variant("4g: unlabelled images with the masks segmenters draw", unlabelled="pairs"),
     "unlabelled": Variant("4g: unlabelled images as donors and backgrounds", unlabelled="sources"),
@@ -72,9 +89,10 @@ VARIANTS: dict[str, Variant] = {
 }
 
 GONE = {
-    "wider sizes": "4c: drawn shapes larger or smaller by exp(N(0, 0.5)), for real ones vary more than drawn ones",
-    "contrast": "4b: the lesion's contrast to its surroundings to a power of 0.4 to 1.3",
-    "cropped grounds": "4c: the largest part of each real image that its lesion leaves free, as a background too",
+    "painted detail": "of the painting every detail kept, ``kept_detail`` 0; what follows a comma is a variant of that",
+    "painted detail, wider sizes": "4c: drawn shapes larger or smaller by exp(N(0, 0.5)), for real ones vary more than drawn ones",
+    "painted detail, contrast": "4b: the lesion's contrast to its surroundings to a power of 0.4 to 1.3",
+    "painted detail, cropped grounds": "4c: the largest part of each real image that its lesion leaves free, as a background too",
     "first recipe": "lesions fitted by an affine map alone, strength 0.6; what follows a comma is a variant of that",
     "first recipe, laid over, strength 0.2": "4c: any background, shapes laid over its lesion",
     "first recipe, copy-paste, laid over": "the same, nothing painted",

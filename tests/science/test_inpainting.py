@@ -220,6 +220,19 @@ def test_what_autoencoder_and_window_lose_of_the_composite_is_given_back(name: s
     assert np.abs(image.astype(int) - one.start)[rim_free].mean() < 2
 
 
+def test_of_a_painting_only_what_is_coarser_than_the_kept_detail_counts() -> None:
+    one = CANVASES["square"]
+    assert one.start is not None
+    seen = view_of(one, SMALL)
+    assert seen.start is not None
+    checks = 40 * (np.indices(seen.start.shape[:2]).sum(axis=0) % 2 * 2 - 1)[..., None].astype(np.float32)
+    deep = ~geometry.dilate(~one.guide, 6)
+    for change, kept_detail, least, most in ((checks, 0.0, 15, 45), (checks, 1 / 16, 0, 3), (30.0, 1 / 16, 15, 30)):
+        image = composite(one, seen, seen.start + change, seen.start, kept_detail)
+        moved = np.abs(image.astype(int) - one.start)[deep & (one.start > 50).all(2) & (one.start < 200).all(2)].mean()
+        assert least <= moved <= most
+
+
 def test_where_the_shape_touches_the_rim_its_contrast_stays() -> None:
     background = np.full((128, 128, 1), 150, np.float32)
     shape = disc((128, 128), (64, 64), 30)

@@ -73,7 +73,8 @@ class Inpainting(Contract):
     the guide outside the shape, where it is lower: the composite's healthy surroundings are held in place until then.
     ``adaptive_guide``: M wide and soft early, exact late. ``context``: side of the window the network works in over the
     larger side of the guide's box, the whole image where that is smaller. ``background``: let the guide cover the old
-    lesion, or repair it away first."""
+    lesion, or repair it away first. ``kept_detail``: width, as a share of the window's side, below which the composite's
+    structure is kept and of the painting only its coarser differences from the composite count."""
 
     solver_steps: Annotated[int, Field(ge=1, le=1000)]
     guidance_scale: Annotated[float, Field(ge=1, le=20)] = 1.0
@@ -83,6 +84,7 @@ class Inpainting(Contract):
     guide_margin: Unit = 0.15
     context: Annotated[float, Field(ge=1, le=1000)] = 1.6
     background: Literal["cover", "repair"] = "cover"
+    kept_detail: Annotated[float, Field(ge=0, le=0.25)] = 0.0
     batch_size: Annotated[int, Field(ge=1, le=64)]
 
 
@@ -224,7 +226,7 @@ CPU = Recipe(
         segment_steps=200,
         sampling_steps=20,
     ),
-    inpainting=Inpainting(solver_steps=20, strength=0.2, ring_strength=0.2, batch_size=4),
+    inpainting=Inpainting(solver_steps=20, strength=0.2, ring_strength=0.2, kept_detail=1 / 32, batch_size=4),
     work=Work(shard_size=8),
 )
 

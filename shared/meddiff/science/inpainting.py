@@ -71,7 +71,8 @@ def inpaint(
         if latents is None:
             break
         painted, carried = _pixels(decode(f, latents)), _pixels(decode(f, original))
-        images += [composite(*parts) for parts in zip(batch, views, painted, carried, strict=False)]
+        detail = recipe.inpainting.kept_detail
+        images += [composite(*parts, detail) for parts in zip(batch, views, painted, carried, strict=False)]
     return images
 
 
@@ -205,12 +206,13 @@ def _pixels(images: Tensor) -> Field:
     return np.asarray((images.cpu().numpy().transpose(0, 2, 3, 1) + 1) * np.float32(127.5))
 
 
-def composite(canvas: Canvas, view: View, painted: Field, carried: Field) -> Image:
+def composite(canvas: Canvas, view: View, painted: Field, carried: Field, kept_detail: float = 0.0) -> Image:
     """The canvas with ``painted`` (r, r, 3) in its guide at native size: colours mended at the rim, detail added, faded
     in over a few pixels inside the rim, rounded, pasted.
 
     ``carried`` (r, r, 3) is what the autoencoder makes of the composite. What it lost of it, and what the window's
-    resolution lost, is given back: grain, the finest structure, and the autoencoder's own error.
+    resolution lost, is given back: grain, the finest structure, and the autoencoder's own error. So is what the painting
+    lost or added below ``kept_detail``, a share of the window's side.
     """
     if canvas.background.shape[2] == 1:
         painted, carried = (pixels.mean(axis=2, keepdims=True) for pixels in (painted, carried))
@@ -218,6 +220,8 @@ def composite(canvas: Canvas, view: View, painted: Field, carried: Field) -> Ima
     if view.start is None or canvas.start is None:
         lost_by_network, lost = np.zeros_like(painted), np.zeros((*native, 1), np.float32)
     else:
+        scale = kept_detail * len(painted)
+        painted = carried + ndimage.gaussian_filter(painted - carried, (scale, scale, 0))
         lost_by_network = view.start - carried
         start = geometry.crop_window(canvas.start, view.window).astype(np.float32)
         lost = start - geometry.resize_image(carried, native)
