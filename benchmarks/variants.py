@@ -90,9 +90,9 @@ VARIANTS: dict[str, Variant] = {
 
 GONE = {
     "painted detail": "of the painting every detail kept, ``kept_detail`` 0; what follows a comma is a variant of that",
-    "painted detail, wider sizes": "4c: drawn shapes larger or smaller by exp(N(0, 0.5)), for real ones vary more than drawn ones",
+    "painted detail, wider sizes": "4c: drawn shapes larger or smaller by exp(N(0, 0.5))",
     "painted detail, contrast": "4b: the lesion's contrast to its surroundings to a power of 0.4 to 1.3",
-    "painted detail, cropped grounds": "4c: the largest part of each real image that its lesion leaves free, as a background too",
+    "painted detail, cropped grounds": "4c: the largest part of an image that its lesion leaves free, as a background",
     "first recipe": "lesions fitted by an affine map alone, strength 0.6; what follows a comma is a variant of that",
     "first recipe, laid over, strength 0.2": "4c: any background, shapes laid over its lesion",
     "first recipe, copy-paste, laid over": "the same, nothing painted",

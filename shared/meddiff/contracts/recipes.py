@@ -73,8 +73,8 @@ class Inpainting(Contract):
     the guide outside the shape, where it is lower: the composite's healthy surroundings are held in place until then.
     ``adaptive_guide``: M wide and soft early, exact late. ``context``: side of the window the network works in over the
     larger side of the guide's box, the whole image where that is smaller. ``background``: let the guide cover the old
-    lesion, or repair it away first. ``kept_detail``: width, as a share of the window's side, below which the composite's
-    structure is kept and of the painting only its coarser differences from the composite count."""
+    lesion, or repair it away first. ``kept_detail``: width, as a share of the window's side, below which the
+    composite's structure is kept and of the painting only its coarser differences from the composite count."""
 
     solver_steps: Annotated[int, Field(ge=1, le=1000)]
     guidance_scale: Annotated[float, Field(ge=1, le=20)] = 1.0

@@ -211,8 +211,8 @@ def composite(canvas: Canvas, view: View, painted: Field, carried: Field, kept_d
     in over a few pixels inside the rim, rounded, pasted.
 
     ``carried`` (r, r, 3) is what the autoencoder makes of the composite. What it lost of it, and what the window's
-    resolution lost, is given back: grain, the finest structure, and the autoencoder's own error. So is what the painting
-    lost or added below ``kept_detail``, a share of the window's side.
+    resolution lost, is given back: grain, the finest structure, and the autoencoder's own error. So is what the
+    painting lost or added below ``kept_detail``, a share of the window's side.
     """
     if canvas.background.shape[2] == 1:
         painted, carried = (pixels.mean(axis=2, keepdims=True) for pixels in (painted, carried))
