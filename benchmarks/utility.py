@@ -175,11 +175,11 @@ def run(trial: Trial) -> None:
     curve = {} if trial.stop is not None else _stop_curve(trial, material)
     stop = trials.best_stop(curve) if trial.stop is None else trial.stop
     steps = max(1, round(stop * trial.factor))
-    real = len(material.real)
+    seen = material if material.real else Material(material.synthetic)
     digests = list(cases.cases)
     for seed in trial.seeds:
         begun = time.monotonic()
-        network = trials.trained(material, settings, steps, derive("segmenter", trial.draw, seed), lambda *_: None)
+        network = trials.trained(seen, settings, steps, derive("segmenter", trial.draw, seed), lambda *_: None)
         figures = [trials.judge(network, settings, pair) for pair in cases.pairs(draw.test)]
         one = Training(
             dataset=cases.name,
@@ -191,7 +191,7 @@ def run(trial: Trial) -> None:
             seed=seed,
             curve=curve,
             steps=steps,
-            real=real,
+            real=len(material.real),
             pairs=len(material.synthetic),
             seconds=round(time.monotonic() - begun, 1),
             cases=tuple(digests[place][:CASE] for place in draw.test),
@@ -233,6 +233,8 @@ def _material(trial: Trial, cases: Cases, draw: splits.Draw) -> Material:
         frozenset(place for place in (one.donor, one.background) if place is not None and place in trained_on)
         for one in made
     ]
+    if variant.alone:
+        return Material([], synthetic, origins)
     material = Material(real, synthetic, origins, variant.mixing)
     return material if variant.agreement is None else _agreeing(trial, material, variant.agreement)
 

@@ -20,7 +20,8 @@ class Variant:
     ``healthy``: the dataset's lesion-free images with empty masks in their place. ``relabel``: inside the guide the
     label is what segmenters see that did not train on the donor. ``unlabelled``: real cases without their masks, which
     segmenters of the training cases draw instead: as they are (``pairs``), or among the training cases as donors and
-    backgrounds (``sources``), or repainted to fit the drawn masks (``retexture``)."""
+    backgrounds (``sources``), or repainted to fit the drawn masks (``retexture``). ``alone``: segmenters see the pairs
+    and no real case; their stop has to be given."""
 
     what: str
     fitting: dict[str, Any] = field(default_factory=dict)
@@ -34,6 +35,7 @@ class Variant:
     agreement: tuple[float, float] | None = None
     relabel: bool = False
     unlabelled: Literal["pairs", "sources", "retexture"] | None = None
+    alone: bool = False
     mixing: Mixing = "falling"
     pairs: int = 90
 
@@ -56,6 +58,13 @@ VARIANTS: dict[str, Variant] = {
     "strength 0.4": Variant("4b: strength 0.4", painting=strength(0.4, 0.3)),
     "strength 0.6": Variant("4b: strength 0.6", painting=strength(0.6, 0.3)),
     "strength 0.8": Variant("4b: strength 0.8", painting=strength(0.8, 0.3)),
+    "alone": Variant("the pairs without the real cases: what they teach wrongly shows", alone=True),
+    "copy-paste, alone": Variant("the composites without the real cases", start=True, alone=True),
+    "painted detail, alone": Variant(
+        "the pairs without the real cases, every detail as it was painted",
+        painting={"inpainting": {"kept_detail": 0}},
+        alone=True,
+    ),
     "repaired": Variant(
         "4c: the paper's backgrounds, lesions repaired away, and shapes anywhere on them",
         painting={"inpainting": {"background": "repair"}},
