@@ -74,16 +74,15 @@ class Generator:
         self.foundation.unet.load_state_dict(_part(fitted, "unet."))
         self.foundation.unet.eval()
         self._pairs = [_loaded(n, "pair", case.image, case.mask) for n, case in enumerate(cases)]
-        clear = [] if retexture else list(healthy)
-        if not clear and recipe.inpainting.background == "repair":
-            clear = [
+        grounds = self._pairs
+        if healthy and not retexture:
+            grounds = _clear(healthy, len(cases))
+        elif recipe.inpainting.background == "repair" and not retexture:
+            repaired = [
                 inpainting.repair(self.foundation, case.image, case.mask, recipe, derive("repair", n))
                 for n, case in enumerate(cases)
             ]
-        apart = 0 if clear and not healthy else len(cases)
-        grounds = [
-            _loaded(apart + n, "background", image, np.zeros(image.shape[:2], bool)) for n, image in enumerate(clear)
-        ] or self._pairs
+            grounds = _clear(repaired, 0)
         self._grounds = [Ground("", one.case, False, one.mask) for one in grounds]
         self._images = {one.case.id: one.image for one in grounds}
         self._masks = mask_generator.build(recipe.mask_generation)
@@ -191,6 +190,11 @@ def _beside(shape: Mask, taken: Mask, seed: int) -> Mask:
 
 def _part(fitted: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in fitted.items() if name.startswith(prefix)}
+
+
+def _clear(images: Sequence[Pixels], first: int) -> list[Loaded]:
+    """Images without a lesion, numbered from ``first``."""
+    return [_loaded(first + n, "background", image, np.zeros(image.shape[:2], bool)) for n, image in enumerate(images)]
 
 
 def _loaded(number: int, role: str, image: Pixels, mask: Mask) -> Loaded:

@@ -46,7 +46,7 @@ def strength(value: float, ring: float) -> dict[str, Any]:
 
 VARIANTS: dict[str, Variant] = {
     "synthetic": Variant(
-        "the cpu recipe as it stands: composite start, strength 0.2; ever fewer in a batch, none in its last third"
+        "the cpu recipe as it stands: composite start, strength 0.2, detail kept; ever fewer in a batch, then none"
     ),
     "copy-paste": Variant("the composites themselves: a lesion fitted into a new shape, colours matched", start=True),
     "copy-paste, repaired": Variant(

@@ -62,10 +62,10 @@ def _result(
     )
 
 
-def differences(arm: Sequence[Row], real: Sequence[Row]) -> list[NDArray[np.float64]]:
+def differences(arm: Sequence[Row], against: Sequence[Row]) -> list[NDArray[np.float64]]:
     """Of each split, the cases' Dice under one arm less that under the other, averaged over the seeds that both have:
     much of what a seed does to a run it does to every arm."""
-    ours, theirs = _by_run(arm), _by_run(real)
+    ours, theirs = _by_run(arm), _by_run(against)
     found: dict[int, list[dict[str, float]]] = defaultdict(list)
     for run in sorted(ours.keys() & theirs.keys()):
         one, other = ({row.case: row.dice for row in runs[run]} for runs in (ours, theirs))
