@@ -1,11 +1,13 @@
 """A fine-tuning step at Stable Diffusion 1.5's size, against the authors' way and against the bare loop.
 
     THP_MEM_ALLOC_ENABLE=1 python -m benchmarks.finetune_speed
+    python -m benchmarks.finetune_speed --px 512 --bfloat16 --steps 12
 
-Random weights, 256 px, gradient checkpointing, float32 on the CPU. ``authors``: what their script does in each step
-beside the U-Net's: two VAE encodings (image, masked image) and a text encoding. ``bare``: the U-Net forward and
-backward and AdamW, on ready tensors. The large pages are what a worker asks for, and serve all three. All take turns in
-one process; of each turn the second step is timed, for the first one allocates. Needs some 20 GiB: run it alone.
+Random weights, gradient checkpointing, float32 unless told otherwise; on the first GPU where there is one.
+``authors``: what their script does in each step beside the U-Net's: two VAE encodings (image, masked image) and a text
+encoding. ``bare``: the U-Net forward and backward and AdamW, on ready tensors. The large pages are what a worker asks
+for, and serve all three. All take turns in one process; of each turn the first step is not timed, for it allocates. On
+a CPU it needs some 20 GiB: run it alone.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from meddiff.science.training import StepLog
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-PX = 256
-DEVICE = torch.device("cpu")
+from benchmarks.in_process import DEVICE
+
 SD15_UNET = {"sample_size": 64, "in_channels": 9, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD15_VAE = {
     "block_out_channels": (128, 256, 512, 512),
@@ -47,21 +49,28 @@ class TurnOver(Exception):
     """Ends a training from within, before it copies its state."""
 
 
-def sd15() -> Foundation:
+def sd15(dtype: torch.dtype) -> Foundation:
     """Stable Diffusion 1.5's shapes with random weights: 860 M parameters in the U-Net."""
     torch.manual_seed(0)
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
     unet, vae = UNet2DConditionModel(**SD15_UNET), AutoencoderKL(**SD15_VAE)
     text = CLIPTextModel(SD15_TEXT)
     for network in (unet, vae, text):
-        network.requires_grad_(network is unet).eval().to(memory_format=torch.channels_last)
+        network.requires_grad_(network is unet).eval().to(DEVICE, memory_format=torch.channels_last)
     unet.enable_gradient_checkpointing()
-    return Foundation(unet, vae, text, None, scheduler, "random", "", DEVICE, torch.float32)
+    return Foundation(unet, vae, text, None, scheduler, "random", "", DEVICE, dtype)
 
 
-def cached(batch: int) -> dict[str, Tensor]:
+def now() -> float:
+    """The clock, when all that was asked of the device is done."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def cached(batch: int, px: int) -> dict[str, Tensor]:
     """What our cache holds of ``batch`` examples."""
-    cells = PX // 8
+    cells = px // 8
     return {
         "latents": torch.randn(batch, 4, cells, cells),
         "masked_latents": torch.randn(batch, 4, cells, cells),
@@ -72,70 +81,81 @@ def cached(batch: int) -> dict[str, Tensor]:
 
 
 def our_step(f: Foundation, recipe: Recipe, cache: dict[str, Tensor]) -> float:
-    """Seconds of the second step of a training."""
-    steps: list[StepLog] = []
+    """Mean seconds of a training's steps but the first."""
+    ends: list[float] = []
 
     def on_step(log: StepLog) -> None:
-        steps.append(log)
-        if len(steps) == 2:
+        if log.step in (1, log.total):
+            ends.append(now())
+        if log.step == log.total:
             raise TurnOver
 
+    steps = recipe.finetuning.steps
     with suppress(TurnOver):
-        finetune.train(f, cache, recipe, 0, "inpainter", None, 2, on_step, lambda: False)
-    return steps[1].seconds
+        finetune.train(f, cache, recipe, 0, "inpainter", None, steps, on_step, lambda: False)
+    return (ends[1] - ends[0]) / (steps - 1)
 
 
-def plain_step(f: Foundation, batch: int, encode: bool) -> float:
-    """Seconds of the second step of a plain loop; with ``encode``, of one that encodes pixels and prompt itself."""
+def plain_step(f: Foundation, batch: int, px: int, steps: int, encode: bool) -> float:
+    """Mean seconds of a plain loop's steps but the first; with ``encode``, it encodes pixels and prompt itself."""
     optimiser = torch.optim.AdamW(f.unet.parameters(), lr=1e-5)
-    cache, seconds = cached(batch), 0.0
-    pixels = torch.rand(batch, 3, PX, PX) * 2 - 1
-    tokens = torch.randint(0, 49408, (batch, 77))
+    cache = {name: tensor.to(DEVICE) for name, tensor in cached(batch, px).items()}
+    pixels = torch.rand(batch, 3, px, px, device=DEVICE) * 2 - 1
+    tokens = torch.randint(0, 49408, (batch, 77), device=DEVICE)
     f.unet.train()
-    for _ in range(2):
-        begun = time.perf_counter()
+    for step in range(steps):
+        if step == 1:
+            begun = now()
         latents, masked, context = cache["latents"], cache["masked_latents"], cache["prompt_embeds"]
         context = context.expand(batch, -1, -1)
         if encode:
-            with torch.no_grad():
+            with torch.no_grad(), f.autocast():
                 latents, masked = (f.vae.encode(x).latent_dist.sample() * 0.18215 for x in (pixels, pixels * 0.5))
                 context = f.text_encoder(tokens).last_hidden_state
-        noise, t = torch.randn_like(latents), torch.randint(0, 1000, (batch,))
+        noise, t = torch.randn_like(latents), torch.randint(0, 1000, (batch,), device=DEVICE)
         noisy = f.scheduler.add_noise(latents, noise, t)
-        predicted = f.unet(torch.cat([noisy, cache["mask"], masked], dim=1), t, context).sample
-        F.mse_loss(predicted, noise).backward()
+        with f.autocast():
+            predicted = f.unet(torch.cat([noisy, cache["mask"], masked], dim=1), t, context).sample
+        F.mse_loss(predicted.float(), noise).backward()
         optimiser.step()
         optimiser.zero_grad()
-        seconds = time.perf_counter() - begun
-    return seconds
+    return (now() - begun) / (steps - 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, default=2, help="the paper's is 2")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="of a turn")
+    parser.add_argument("--px", type=int, default=256)
+    parser.add_argument("--bfloat16", action="store_true", help="what the U-Net computes in")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    f, batch = sd15(), arguments.batch
-    print(f"U-Net of {sum(p.numel() for p in f.unet.parameters()) / 1e6:.0f} M parameters, batch {batch}, {PX} px")
-    tuning = {"batch_size": batch, "learning_rate": 1e-5, "gradient_checkpointing": True, "steps": 2}
+    f = sd15(torch.bfloat16 if arguments.bfloat16 else torch.float32)
+    batch, px, steps = arguments.batch, arguments.px, arguments.steps
+    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    size = sum(p.numel() for p in f.unet.parameters()) / 1e6
+    print(f"U-Net of {size:.0f} M parameters, batch {batch}, {px} px, {f.dtype}, {where}")
+    tuning = {"batch_size": batch, "learning_rate": 1e-5, "gradient_checkpointing": True, "steps": steps}
     recipe = override(CPU_RECIPE, {"finetuning": tuning})
     ways: dict[str, Callable[[], float]] = {
-        "ours": lambda: our_step(f, recipe, cached(batch)),
-        "authors": lambda: plain_step(f, batch, encode=True),
-        "bare": lambda: plain_step(f, batch, encode=False),
+        "ours": lambda: our_step(f, recipe, cached(batch, px)),
+        "authors": lambda: plain_step(f, batch, px, steps, encode=True),
+        "bare": lambda: plain_step(f, batch, px, steps, encode=False),
     }
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(arguments.turns):
         for name, way in ways.items():
             taken[name].append(way())
         print(
-            f"turn {turn + 1}: " + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in taken.items()), flush=True
+            f"turn {turn + 1}: " + ", ".join(f"{name} {values[-1]:.3f} s" for name, values in taken.items()), flush=True
         )
     for name, other in (("a, authors / ours", "authors"), ("b, bare / ours", "bare")):
         ratios = np.array(taken[other]) / np.array(taken["ours"])
         print(f"{name}: median {np.median(ratios):.2f}, {ratios.min():.2f} to {ratios.max():.2f}")
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+    on_card = DEVICE.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_card else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory {peak / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from meddiff_services.pictures import Mask, Pixels
 
 from benchmarks.sources import Case
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Made:
 def fit(cases: Sequence[Case], healthy: Sequence[Pixels], recipe: Recipe, seed: int) -> dict[str, torch.Tensor]:
     """What a fine-tune trains: averaged weights of the inpainter (``unet.…``) and of the mask generator
     (``masks.…``)."""
-    f = foundation.load(recipe.foundation.source, torch.float32, CPU)
+    f = foundation.load(recipe.foundation.source, torch.float32, DEVICE)
     pairs = [(case.image, case.mask) for case in cases]
     cache = finetune.build_cache(f, pairs, healthy, recipe, derive(seed, "cache"), lambda *_: None)
     steps = recipe.finetuning.steps
@@ -50,7 +50,7 @@ def fit(cases: Sequence[Case], healthy: Sequence[Pixels], recipe: Recipe, seed: 
     steps = recipe.mask_generation.steps
     masks = [case.mask for case in cases]
     drawn = mask_generator.train(
-        masks, recipe, derive(seed, "mask_generator"), None, steps, lambda _: None, bool, CPU
+        masks, recipe, derive(seed, "mask_generator"), None, steps, lambda _: None, bool, DEVICE
     )  # fmt: skip
     return {f"unet.{k}": v for k, v in tuned.ema.items()} | {f"masks.{k}": v for k, v in drawn.ema.items()}
 
@@ -70,7 +70,7 @@ class Generator:
         decoys: bool = False,
     ) -> None:
         self.recipe, self.cases, self.retexture, self.decoys = recipe, cases, retexture, decoys
-        self.foundation = foundation.load(recipe.foundation.source, torch.float32, CPU)
+        self.foundation = foundation.load(recipe.foundation.source, torch.float32, DEVICE)
         self.foundation.unet.load_state_dict(_part(fitted, "unet."))
         self.foundation.unet.eval()
         self._pairs = [_loaded(n, "pair", case.image, case.mask) for n, case in enumerate(cases)]
@@ -85,11 +85,11 @@ class Generator:
             grounds = _clear(repaired, 0)
         self._grounds = [Ground("", one.case, False, one.mask) for one in grounds]
         self._images = {one.case.id: one.image for one in grounds}
-        self._masks = mask_generator.build(recipe.mask_generation)
+        self._masks = mask_generator.build(recipe.mask_generation).to(DEVICE)
         self._masks.load_state_dict(_part(fitted, "masks."))
         self._masks.eval()
         settings = recipe.quality
-        self._encoder = encoders.load_encoder(settings.encoder, settings.encoder_source, CPU)
+        self._encoder = encoders.load_encoder(settings.encoder, settings.encoder_source, DEVICE)
         crops = [quality.lesion_crop(c.image, c.mask, settings.context, settings.crop_px) for c in cases]
         self._reference = quality.calibrate(self._encoder, crops, [p.case.image_sha256 for p in self._pairs], settings)
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from meddiff_services.pictures import Mask, Pixels
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.in_process import Generator, Made, fit
+from benchmarks.in_process import DEVICE, Generator, Made, fit
 from benchmarks.sources import Case, cases_by_digest
 from benchmarks.variants import VARIANTS, Variant
 
@@ -149,6 +150,7 @@ class Training(Contract):
     real: int
     pairs: int
     seconds: float
+    device: str = "cpu"
     cases: tuple[str, ...]
     area: tuple[float, ...]
     dice: tuple[float, ...]
@@ -179,7 +181,8 @@ def run(trial: Trial) -> None:
     digests = list(cases.cases)
     for seed in trial.seeds:
         begun = time.monotonic()
-        network = trials.trained(seen, settings, steps, derive("segmenter", trial.draw, seed), lambda *_: None)
+        seeded = derive("segmenter", trial.draw, seed)
+        network = trials.trained(seen, settings, steps, seeded, lambda *_: None, DEVICE)
         figures = [trials.judge(network, settings, pair) for pair in cases.pairs(draw.test)]
         one = Training(
             dataset=cases.name,
@@ -194,6 +197,7 @@ def run(trial: Trial) -> None:
             real=len(material.real),
             pairs=len(material.synthetic),
             seconds=round(time.monotonic() - begun, 1),
+            device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
             cases=tuple(digests[place][:CASE] for place in draw.test),
             area=tuple(round(float(mask.mean()), 4) for _, mask in cases.pairs(draw.test)),
             dice=tuple(round(one.dice, 4) for one in figures),
@@ -322,7 +326,7 @@ def _out_of_fold(trial: Trial) -> list[tuple[frozenset[int], nn.Module]]:
     found = []
     for number, held in enumerate(splits.folds(range(len(real)), settings.inner_folds, derive("apart", trial.draw))):
         inside = Material([pair for place, pair in enumerate(real) if place not in held])
-        network = trials.trained(inside, settings, APART_STEPS, derive("apart", number), lambda *_: None)
+        network = trials.trained(inside, settings, APART_STEPS, derive("apart", number), lambda *_: None, DEVICE)
         found.append((frozenset(held), network))
     return found
 
@@ -386,7 +390,8 @@ def _stop_curve(trial: Trial, material: Material) -> dict[int, float]:
     path = trial.cache / f"{'-'.join(map(str, (*trial.begins[:5], trial.arm))).replace(' ', '_')}.stop.json"
     if not path.exists():
         settings = EVALUATION.model_copy(update={"segmenter": trial.segmenter})
-        curve = trials.stop_curve(material, settings, derive(trial.folder.name, "inner", trial.draw), lambda *_: None)
+        seed = derive(trial.folder.name, "inner", trial.draw)
+        curve = trials.stop_curve(material, settings, seed, lambda *_: None, DEVICE)
         path.write_text(json.dumps(curve))
     return {int(steps): round(dice, 4) for steps, dice in json.loads(path.read_text()).items()}
 
@@ -432,7 +437,7 @@ def record(arguments: argparse.Namespace) -> None:
     if arguments.development:
         write_development(arguments)
     due = trials_due(arguments, {one.key for one in read(arguments.rows)})
-    with ProcessPoolExecutor(arguments.processes) as pool:
+    with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:  # A GPU bears no fork.
         running: set[Future[None]] = set()
         while True:
             while len(running) < arguments.processes and time.monotonic() - begun < 3600 * arguments.hours:

@@ -10,6 +10,8 @@ from meddiff.contracts.recipes import Evaluation
 from meddiff.science.evaluation import comparison, figures, report, segmenters, splits, training, trials
 from meddiff.science.geometry import Image, Mask
 
+CPU = torch.device("cpu")
+
 
 def square(top: int, left: int, side: int = 20) -> Mask:
     mask = np.zeros((60, 80), np.bool_)
@@ -204,7 +206,7 @@ QUICK = Evaluation(segmenter="unet", size=64, steps=6, every=2, batch_size=2, in
 def test_a_stop_is_chosen_with_every_case_held_aside_once() -> None:
     real = [disc(n) for n in range(6)]
     told: list[tuple[int, int]] = []
-    curve = trials.stop_curve(trials.Material(real), QUICK, 3, lambda *step: told.append(step))
+    curve = trials.stop_curve(trials.Material(real), QUICK, 3, lambda *step: told.append(step), CPU)
     assert sorted(curve) == [2, 4, 6]
     assert told[-1] == (17, 18)
     assert [step for step, _ in told] == sorted(step for step, _ in told)
@@ -214,7 +216,7 @@ def test_a_stop_is_chosen_with_every_case_held_aside_once() -> None:
 def test_a_patient_is_held_aside_as_a_whole_where_there_are_several(patients: str, trainings: int) -> None:
     told: list[tuple[int, int]] = []
     material = trials.Material([disc(n) for n in range(6)], patients=patients)
-    trials.stop_curve(material, QUICK, 3, lambda *step: told.append(step))
+    trials.stop_curve(material, QUICK, 3, lambda *step: told.append(step), CPU)
     assert told[-1] == (6 * trainings - 1, 6 * trainings)
 
 
@@ -232,8 +234,8 @@ def test_pairs_that_show_a_case_held_aside_have_no_part_in_choosing_the_stop() -
     real = [disc(n) for n in range(6)]
     everywhere = frozenset(range(6))
     shown = trials.Material(real, [disc(9)], [everywhere])
-    assert trials.stop_curve(shown, QUICK, 3, lambda *_: None) == trials.stop_curve(
-        trials.Material(real), QUICK, 3, lambda *_: None
+    assert trials.stop_curve(shown, QUICK, 3, lambda *_: None, CPU) == trials.stop_curve(
+        trials.Material(real), QUICK, 3, lambda *_: None, CPU
     )
 
 

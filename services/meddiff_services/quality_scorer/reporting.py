@@ -24,7 +24,7 @@ from meddiff.science.evaluation import report as reports
 from PIL import Image
 from safetensors.torch import load
 
-from meddiff_services.loading import fingerprint
+from meddiff_services.loading import device, fingerprint
 from meddiff_services.pictures import Mask, Pixels, decode_mask, decode_png, overlay, tile
 from meddiff_services.trials import load_cases, made, splits
 from meddiff_services.worker import Outcome, Work
@@ -89,7 +89,7 @@ def _missing_pairs(work: Work, count: int) -> list[str]:
 def _network(work: Work, split: int, arm: str) -> torch.nn.Module:
     network = segmenters.build(work.spec.recipe.evaluation.segmenter, 0)
     network.load_state_dict(load(work.store.get(work.keys.segmenter(split, arm))))
-    return network.eval()
+    return network.to(device(work.settings)).eval()
 
 
 def _worst_cases(work: Work, rows: Sequence[Row], arm: str) -> tuple[list[Worst], list[Pixels]]:

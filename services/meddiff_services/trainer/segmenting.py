@@ -9,6 +9,7 @@ from meddiff.science.evaluation import trials
 from meddiff.seeds import derive
 from safetensors.torch import save
 
+from meddiff_services.loading import device
 from meddiff_services.trials import load_cases, material, splits
 from meddiff_services.worker import Outcome, Work
 
@@ -21,7 +22,11 @@ def stop(work: Work) -> Outcome:
     torch.set_num_threads(work.spec.recipe.work.training_threads)
     seed = derive(work.spec.request.seed, "inner", run.split)
     curve = trials.stop_curve(
-        material(work, run.split, run.arm), settings, seed, lambda done, total: work.progress(done, total, "steps")
+        material(work, run.split, run.arm),
+        settings,
+        seed,
+        lambda done, total: work.progress(done, total, "steps"),
+        device(work.settings),
     )
     output = {"arm": run.arm.name, "split": run.split, "steps": trials.best_stop(curve)}
     return Outcome(1, output | {"curve": {str(steps): dice for steps, dice in curve.items()}})
@@ -41,6 +46,7 @@ def segmenter(work: Work) -> Outcome:
         steps,
         derive(work.spec.request.seed, "segmenter", run.split, run.seed),
         lambda done, total: work.progress(done, total, "steps"),
+        device(work.settings),
     )
     rows = []
     for digest, case in zip(cut[run.split].test, load_cases(work, cut[run.split].test), strict=True):
@@ -61,7 +67,7 @@ def segmenter(work: Work) -> Outcome:
         )
         work.raise_if_stopped()
     if run.seed == 0 and (run.arm.name == REAL or run.arm.source == "synthetic"):
-        weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
         work.store.put(work.keys.segmenter(run.split, run.arm.name), save(weights))
     lines = b"".join(row.model_dump_json().encode() + b"\n" for row in rows)
     work.store.put(work.keys.rows(work.shard), lines, "application/x-ndjson")

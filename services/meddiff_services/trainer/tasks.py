@@ -224,7 +224,7 @@ def mask_generator_segment(work: Work) -> Outcome:
     settings = recipe.mask_generation
     state, outcome = _segment(work, "mask_generator", settings.steps, settings.segment_steps, train)
     if state.step == settings.steps:
-        unet = mask_generator.build(settings)
+        unet = mask_generator.build(settings).to(where)
         unet.load_state_dict(state.ema)
         shapes = mask_generator.sample(unet, recipe, [derive("preview", n) for n in range(16)], masks)
         png = sheet([shapes[n : n + 8] for n in range(0, 16, 8)], ["shapes", *[""] * 7], side=64)

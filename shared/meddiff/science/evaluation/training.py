@@ -52,9 +52,9 @@ def fit(
     mixing: Mixing = "joint",
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Iterator[tuple[int, nn.Module]]:
-    """Training for ``steps`` steps of ``settings.batch_size`` real pairs; joint: with as many synthetic ones beside
-    them; falling: with ever fewer; pretrain: after ``settings.pretrain_steps`` of synthetic ones alone. AdamW at a
-    constant rate after a warm-up.
+    """Training of ``network``, on its device, for ``steps`` steps of ``settings.batch_size`` real pairs; joint: with as
+    many synthetic ones beside them; falling: with ever fewer; pretrain: after ``settings.pretrain_steps`` of synthetic
+    ones alone. AdamW at a constant rate after a warm-up.
 
     Every ``settings.every`` steps and at the end: the steps done and the network with its averaged weights (an
     exponential moving average), the same object each time, to be used before the next is asked for. A training of N
@@ -64,6 +64,7 @@ def fit(
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
+    device = next(network.parameters()).device
     first = settings.pretrain_steps if synthetic is not None and mixing == "pretrain" else 0
     network.train()
     for step in range(-first, steps):
@@ -73,7 +74,7 @@ def fit(
             parts.append(_drawn(real, settings.batch_size, derive(seed, "real", step)))
         if synthetic is not None and (beside := synthetic_beside(settings, step, mixing)):
             parts.append(_drawn(synthetic, beside, derive(seed, "synthetic", step)))
-        images, masks = (torch.cat(field) for field in zip(*parts, strict=True))
+        images, masks = (torch.cat(field).to(device) for field in zip(*parts, strict=True))
         optimiser.param_groups[0]["lr"] = settings.learning_rate * min(1.0, (step + first + 1) / WARMUP_STEPS)
         optimiser.zero_grad()
         segmentation_loss(network(images.contiguous(memory_format=torch.channels_last)), masks).backward()
@@ -103,9 +104,9 @@ def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
 @torch.no_grad()
 def predict(network: nn.Module, image: Image, size: int) -> Mask:
     """The mask (H, W) that a segmenter sees in an image (H, W, C), averaged over the mirror image."""
-    x = _fitted(image, size)[None]
+    x = _fitted(image, size)[None].to(next(network.parameters()).device)
     p = (network(x).sigmoid() + network(x.flip(-1)).sigmoid().flip(-1)) / 2
-    return np.asarray(resize_image(p[0, 0, :, :, None].numpy(), image.shape[:2])[..., 0] > 0.5)
+    return np.asarray(resize_image(p[0, 0, :, :, None].cpu().numpy(), image.shape[:2])[..., 0] > 0.5)
 
 
 # ----------------------------------------------------------------------------------------------------- augmentation

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import nn
 
 from meddiff.contracts.evaluation import Mixing
@@ -34,7 +35,9 @@ class Material:
     patients: Sequence[str] = ()
 
 
-def stop_curve(material: Material, settings: Evaluation, seed: int, on_step: OnStep) -> dict[int, float]:
+def stop_curve(
+    material: Material, settings: Evaluation, seed: int, on_step: OnStep, device: torch.device
+) -> dict[int, float]:
     """Mean Dice of the training cases, each held aside in one of ``settings.inner_folds`` trainings, by steps trained.
 
     A patient's cases are held aside together. A synthetic pair that shows one of them is left out of that training.
@@ -50,7 +53,8 @@ def stop_curve(material: Material, settings: Evaluation, seed: int, on_step: OnS
         kept = [pair for pair, fit in zip(material.synthetic, apart, strict=True) if fit]
         told = _from(on_step, number * settings.steps, len(parts) * settings.steps)
         apart_from = Material(inside, kept, mixing=material.mixing)
-        for steps, network in _fitted(apart_from, settings, settings.steps, derive(seed, "inner", number), told):
+        seeded = derive(seed, "inner", number)
+        for steps, network in _fitted(apart_from, settings, settings.steps, seeded, told, device):
             dice[steps] += [judge(network, settings, material.real[place]).dice for place in held]
     return {steps: float(np.mean(values)) for steps, values in dice.items()}
 
@@ -70,18 +74,25 @@ def best_stop(curve: Mapping[int, float]) -> int:
     return max(step for step in steps if smooth[step] >= max(smooth.values()) - TOLERANCE)
 
 
-def trained(material: Material, settings: Evaluation, steps: int, seed: int, on_step: OnStep) -> nn.Module:
-    """A segmenter trained for ``steps`` steps, its weights averaged."""
-    (*_, (_, network)) = _fitted(material, settings, steps, seed, _from(on_step, 0, steps))
+def trained(
+    material: Material, settings: Evaluation, steps: int, seed: int, on_step: OnStep, device: torch.device
+) -> nn.Module:
+    """A segmenter trained for ``steps`` steps, its weights averaged, on ``device``."""
+    (*_, (_, network)) = _fitted(material, settings, steps, seed, _from(on_step, 0, steps), device)
     return network
 
 
 def _fitted(
-    material: Material, settings: Evaluation, steps: int, seed: int, on_step: Callable[[int], None]
+    material: Material,
+    settings: Evaluation,
+    steps: int,
+    seed: int,
+    on_step: Callable[[int], None],
+    device: torch.device,
 ) -> Iterator[tuple[int, nn.Module]]:
     real = training.Pairs.of(material.real, settings.size)
     synthetic = training.Pairs.of(material.synthetic, settings.size) if material.synthetic else None
-    network = segmenters.build(settings.segmenter, derive(seed, "weights"))
+    network = segmenters.build(settings.segmenter, derive(seed, "weights")).to(device)
     return training.fit(network, real, synthetic, settings, steps, derive(seed, "batches"), material.mixing, on_step)
 
 
