@@ -6,7 +6,7 @@ python -m benchmarks.experiments
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -163,25 +163,24 @@ def _rows(groups: Mapping[Key, Sequence[Training]], dataset: str, arm: str) -> l
 
 
 def answer(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
-    """What the page opens with."""
-    for development in (False, True):
-        some = {key: found for key, found in groups.items() if key[1] == development and key[3] == 30}
+    """What the page opens with: for each number of real cases, on the cases kept for the end."""
+    lines = []
+    for train in sorted({key[3] for key in groups}, reverse=True):
+        some = {key: found for key, found in groups.items() if not key[1] and key[3] == train}
         found = {names: over_datasets(some, *names) for names in AGAINST}
-        lines = [
-            f"{arm} over {other}: {interval(one[1])} points of Dice, mean of {one[0]} dataset(s)."
+        told = [
+            f"* {arm} over {other}: {interval(one[1])} points of Dice, mean of {one[0]} dataset(s)."
             for (arm, other), one in found.items()
             if one is not None
         ]
-        if lines:
-            where = "on cases of the development half" if development else "on cases kept for the end"
-            return [
-                f"**The answer so far**, {where}, 30 real cases:",
-                "",
-                *[f"* {line}" for line in lines],
-                "",
-                *overview(some),
-            ]
-    return ["No run has ended yet."]
+        lines += [f"**The answer so far**, {train} real cases:", "", *told, "", *overview(some), ""]
+    return lines or ["No run has ended yet."]
+
+
+def devices(trainings: Sequence[Training]) -> str:
+    """How many rows each device computed."""
+    count = Counter(one.device for one in trainings)
+    return ", ".join(f"{device} ({rows} rows)" for device, rows in count.most_common())
 
 
 def main() -> None:
@@ -199,6 +198,7 @@ def main() -> None:
     command = "python -m benchmarks.utility --data FOLDER --dataset NAME … (--development) --hours H"
     text += f"\nRows: `docs/experiments/rows.jsonl`, a training a line. Made by `{command}`; this page by\n"
     text += "`python -m benchmarks.experiments`. Wall time of a run is one thread's, other work beside it.\n"
+    text += f"Run on: {devices(trainings)}.\n"
     text += "A row without a curve was given its stop (`--stop`), the one that arms with a curve had chosen.\n"
     (arguments.out / "experiments.md").write_text(text)
 
