@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, SecretStr
+from pydantic import Field, PositiveFloat, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 SECRETS = Path("/run/secrets")
@@ -39,7 +39,9 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(None, description="port a worker serves its Prometheus metrics on")
     require_keys: bool = Field(True, description="whether requests need an API key; only on loopback they may not")
     tenant: str = Field("local", description="the tenant of requests that need no key")
-    tenant_weights: dict[str, float] = Field({}, description="shares of tenants whose share of the workers is not 1")
+    tenant_weights: dict[str, PositiveFloat] = Field(
+        {}, description="shares of tenants whose share of the workers is not 1"
+    )
     max_active_jobs: int = Field(1000, ge=1, description="jobs that may be unfinished at once, of all tenants")
     max_tenant_jobs: int = Field(200, ge=1, description="jobs that one tenant may have unfinished at once")
     tenant_jobs: dict[str, int] = Field({}, description="the same by tenant, where it is another number")

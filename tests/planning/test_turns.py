@@ -11,6 +11,7 @@ from meddiff.contracts.tasks import Task
 from meddiff.planning.leases import InLine, Leases
 from meddiff.planning.turns import place, wait
 from meddiff.settings import Settings
+from pydantic import ValidationError
 
 
 @pytest.fixture
@@ -129,3 +130,9 @@ def test_a_line_tells_what_nobody_has_begun_and_each_job_is_in_the_one_it_needs_
     assert lines["masks"] == [InLine(tenant="b", job_id="other", place=8.0, seconds=3.0)]
     leases.withdraw("a", JOB)
     assert leases.lines(leases.took(), leases.workers())["inpainting"] == []
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0])
+def test_a_tenant_cannot_be_given_no_share_or_less(weight: float) -> None:
+    with pytest.raises(ValidationError, match=r"tenant_weights\.radiology"):
+        Settings(tenant_weights={"radiology": weight})
