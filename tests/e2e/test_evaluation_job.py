@@ -106,7 +106,7 @@ def test_k_folds_from_the_request_to_the_page_killed_twice(service: Service, dat
     ended = service.client.wait(job.id)
     assert ended.status == "succeeded", ended.problem
     report = service.client.report(job.id)
-    assert {arm.name for arm in report.arms} == {"real", "real x0.5", "synthetic 6 joint", "copy-paste 6"}
+    assert {arm.name for arm in report.arms} == {"real", "real x0.5", "synthetic 6 falling", "copy-paste 6"}
     assert all(arm.runs == 4 for arm in report.arms)
     assert report.verdict in ("helps", "adds nothing", "harms")
     tested = [set(split.test) for split in report.splits]

@@ -93,8 +93,8 @@ class EvaluateRequest(Contract):
     The pairs are those of ``synthetic_job``, or made by ``model``: then the model's own cases train, and the other
     cases of the dataset, or those of ``test_uri``, test. Without either a generator is fitted anew for each split: for
     each of ``folds`` parts of the dataset that test in turn, or else for each of ``draws`` draws of ``train`` cases (by
-    default the recipe's ``max_pairs``). ``synthetic``: numbers of pairs to compare, each with every ``mixing``;
-    ``seeds``: segmenters of each arm and split.
+    default the recipe's ``max_pairs``). ``synthetic``: numbers of pairs to compare, each with every ``mixing``
+    (copy-pasted ones with the first); ``seeds``: segmenters of each arm and split.
     """
 
     dataset_uri: DatasetUri
@@ -106,7 +106,7 @@ class EvaluateRequest(Contract):
     train: Annotated[int, Field(ge=4, le=10_000)] | None = None
     arms: Annotated[tuple[ComparedArm, ...], Field(min_length=1)] = ("synthetic", "copy-paste", "oracle")
     synthetic: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Field(min_length=1, max_length=4)] = (90,)
-    mixing: Annotated[tuple[Mixing, ...], Field(min_length=1)] = ("joint",)
+    mixing: Annotated[tuple[Mixing, ...], Field(min_length=1)] = ("falling",)
     seeds: Annotated[int, Field(ge=1, le=20)] = 4
     seed: Seed = 0
     recipe: RecipeChoice = DEFAULT_RECIPE
