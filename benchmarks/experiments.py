@@ -16,7 +16,7 @@ from meddiff.contracts.evaluation import REAL, Arm, ArmResult, Interval, Row
 from meddiff.science.evaluation import report
 from meddiff.science.evaluation.comparison import gain, holm
 
-from benchmarks.utility import Training, read
+from benchmarks.utility import EVALUATION, Training, read
 from benchmarks.variants import GONE, VARIANTS
 
 Key = tuple[str, bool, str, int]
@@ -106,7 +106,7 @@ def table(trainings: Sequence[Training]) -> list[str]:
 
 def worth(result: ArmResult | None) -> str:
     """Annotation equivalents, where there is a gain to be worth any."""
-    if result is None or result.gain is None or result.gain.low <= 0 or result.equivalents is None:
+    if result is None or result.equivalents is None:
         return ""
     return f"{'≥ ' if result.at_least else ''}{result.equivalents.mean:+.0f} cases"
 
@@ -154,9 +154,9 @@ def overview(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
     """The gain of the arms that the question is about, a dataset a line; p of ``synthetic`` is Holm's over datasets."""
     found = {key[0]: {one.name: one for one in results(trainings)} for key, trainings in groups.items()}
     raw = {
-        name: gain(report.differences(*(_rows(groups, name, arm) for arm in ("synthetic", REAL)))).p
-        for name, arms in found.items()
-        if "synthetic" in arms
+        name: gain(change).p
+        for name in found
+        if (change := report.differences(*(_rows(groups, name, arm) for arm in ("synthetic", REAL))))
     }
     adjusted = holm(raw)
     lines = ["| dataset | real | " + " | ".join(ASKED) + " | p of synthetic, Holm over datasets | worth |"]
@@ -164,7 +164,7 @@ def overview(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
     for name, arms in found.items():
         cells = [
             name,
-            f"{100 * arms[REAL].dice:.1f}",
+            f"{100 * arms[REAL].dice:.1f}" if REAL in arms else "",
             *(_gain_of(arms.get(arm)) for arm in ASKED),
             f"{adjusted[name]:.3f}" if name in adjusted else "",
             worth(arms.get("synthetic")),
@@ -187,7 +187,7 @@ def answer(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
     """What the page opens with: for each number of real cases, on the cases kept for the end."""
     lines = []
     for train in sorted({key[3] for key in groups}, reverse=True):
-        some = {key: found for key, found in groups.items() if not key[1] and key[3] == train}
+        some = {key: found for key, found in groups.items() if key[1:] == (False, EVALUATION.segmenter, train)}
         found = {names: over_datasets(some, *names) for names in AGAINST}
         told = [
             f"* {arm} over {other}: {interval(one[1])} points of Dice, mean of {one[0]} dataset(s)."
@@ -210,7 +210,7 @@ def conclusion(found: Mapping[tuple[str, str], tuple[int, Interval] | None]) -> 
     second = []
     for other, words in than.items():
         if (one := found["synthetic", other]) is not None:
-            rank = "better than" if one[1].low > 0 else "worse than" if one[1].high < 0 else "on a par with"
+            rank = "better than" if one[1].low > 0 else "worse than" if one[1].high < 0 else "not told apart from"
             second.append(f"{rank} {words}")
     return " ".join([f"**Synthetic pairs {first}.**", *([f"They are {' and '.join(second)}."] if second else [])])
 

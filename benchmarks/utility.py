@@ -268,7 +268,10 @@ def pairs_of(
             fitted = fitted_model(train, cases.healthy, recipe, seed, path)
             options = {"retexture": retexture, "decoys": variant.decoys}
             generator = Generator(sources, cases.healthy, painting, fitted, **options)
-            keep(kept, generator.generate(variant.pairs, seed))
+            made = generator.generate(variant.pairs, seed)
+            if not made:
+                raise ValueError("no pair was accepted")
+            keep(kept, made)
     return read_made(kept)
 
 
@@ -392,7 +395,9 @@ def _stop_curve(trial: Trial, material: Material) -> dict[int, float]:
         settings = EVALUATION.model_copy(update={"segmenter": trial.segmenter})
         seed = derive(trial.folder.name, "inner", trial.draw)
         curve = trials.stop_curve(material, settings, seed, lambda *_: None, DEVICE)
-        path.write_text(json.dumps(curve))
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(curve))
+        partial.replace(path)
     return {int(steps): round(dice, 4) for steps, dice in json.loads(path.read_text()).items()}
 
 
@@ -432,8 +437,9 @@ def trials_due(arguments: argparse.Namespace, done: set[tuple[str | int | bool, 
 
 
 def record(arguments: argparse.Namespace) -> None:
-    """Runs what is due, some trials at a time, until all is done or the hours are over."""
-    begun = time.monotonic()
+    """Runs what is due, some trials at a time, until all is done or the hours are over. One that fails is still due;
+    the others go on, and the end says so (``SystemExit``)."""
+    begun, failed = time.monotonic(), 0
     if arguments.development:
         write_development(arguments)
     due = trials_due(arguments, {one.key for one in read(arguments.rows)})
@@ -446,10 +452,14 @@ def record(arguments: argparse.Namespace) -> None:
                     break
                 running.add(pool.submit(run, trial))
             if not running:
-                return
+                break
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                future.result()
+                if (error := future.exception()) is not None:
+                    failed += 1
+                    print(f"a trial failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    if failed:
+        raise SystemExit(f"{failed} trial(s) failed; run it again")
 
 
 def write_development(arguments: argparse.Namespace) -> None:

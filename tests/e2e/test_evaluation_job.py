@@ -123,15 +123,22 @@ def test_k_folds_from_the_request_to_the_page_killed_twice(service: Service, dat
     assert sorted(one.kind for one in children) == ["finetune", "finetune", "generate", "generate"]
 
 
+@pytest.fixture(scope="module")
+def made(service: Service, dataset: Path) -> Job:
+    """The generate job of a model that twelve of the dataset's cases made."""
+    client = service.client
+    tuned = client.wait(client.finetune(client.upload(dataset).id, name="leaky", override=SMALL, max_pairs=12).id)
+    assert tuned.status == "succeeded", tuned.problem
+    job = client.wait(client.generate("leaky", 4).id)
+    assert job.status == "succeeded", job.problem
+    return job
+
+
 def test_pairs_with_a_test_case_in_them_are_refused_and_the_case_is_named(
-    service: Service, dataset: Path, tmp_path: Path
+    service: Service, dataset: Path, made: Job, tmp_path: Path
 ) -> None:
     client = service.client
     imported = client.upload(dataset).id
-    tuned = client.wait(client.finetune(imported, name="leaky", override=SMALL, max_pairs=12).id)
-    assert tuned.status == "succeeded", tuned.problem
-    made = client.wait(client.generate("leaky", 4).id)
-    assert made.status == "succeeded", made.problem
     known = set(client.model("leaky").cases)
     own = next(case for case in client.dataset(imported).cases if case.image_sha256 in known)
 
@@ -148,6 +155,23 @@ def test_pairs_with_a_test_case_in_them_are_refused_and_the_case_is_named(
         if brighter:
             assert "nearly the same picture" in ended.problem.errors[0].detail
         assert own.image_sha256 in ended.problem.errors[0].detail
+
+
+def test_too_few_test_cases_and_a_dataset_without_the_models_own_are_refused(
+    service: Service, dataset: Path, made: Job, tmp_path: Path
+) -> None:
+    client = service.client
+    phantoms.write(tmp_path / "few", pairs=3, backgrounds=0, seed=99)
+    phantoms.write(tmp_path / "others", pairs=6, backgrounds=0, seed=98)
+    imported, few, others = (client.upload(folder).id for folder in (dataset, tmp_path / "few", tmp_path / "others"))
+    for dataset_uri, test_uri, words in (
+        (imported, few, "3 case(s) would be left to test on; at least 4 are needed"),
+        (others, few, "12 of the model's 12 cases are not in this dataset"),
+    ):
+        ended = client.wait(client.evaluate(dataset_uri, synthetic_job=made.id, synthetic=(4,), test_uri=test_uri).id)
+        assert ended.problem is not None
+        assert ended.problem.type.endswith(":invalid-dataset")
+        assert words in ended.problem.detail
 
 
 def test_a_lesion_free_image_that_shows_a_test_case_is_refused(service: Service, dataset: Path, tmp_path: Path) -> None:

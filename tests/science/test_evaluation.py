@@ -59,26 +59,33 @@ def test_masks_of_different_size_are_refused() -> None:
 
 
 def test_a_gain_that_every_case_shows_has_no_spread() -> None:
-    found = comparison.gain([np.full(9, 0.25), np.full(7, 0.25)])
+    found = comparison.gain([np.full((2, 9), 0.25), np.full((2, 7), 0.25)])
     assert (found.mean, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
     assert found.p < 0.001
 
 
 def test_draws_that_disagree_widen_the_interval_however_many_cases_they_have() -> None:
-    found = comparison.gain([np.full(1000, 1.0), np.full(1000, -1.0), np.full(1000, 0.5)])
+    found = comparison.gain([np.full((1, 1000), level) for level in (1.0, -1.0, 0.5)])
     assert found.low < 0 < found.high
     assert found.p > 0.3
 
 
-def test_of_one_draw_the_interval_is_that_of_the_mean() -> None:
-    values = np.random.default_rng(0).normal(0.3, 1, 400)
+def test_of_one_draw_and_one_seed_the_interval_is_that_of_the_mean() -> None:
+    values = np.random.default_rng(0).normal(0.3, 1, (1, 400))
     found = comparison.gain([values])
     standard_error = values.std() / 20
     assert found.high - found.low == pytest.approx(2 * 1.96 * standard_error, rel=0.05)
 
 
+def test_of_one_draw_the_luck_of_its_seeds_is_in_the_interval_whatever_the_number_of_cases() -> None:
+    luck = np.random.default_rng(0).normal(0.3, 1, (30, 1))
+    found = comparison.gain([np.broadcast_to(luck, (30, 900))])
+    standard_error = luck.std() / 30**0.5
+    assert found.high - found.low == pytest.approx(2 * 1.96 * standard_error, rel=0.05)
+
+
 def test_nothing_is_no_gain() -> None:
-    for nothing in ([], [np.array([])]):
+    for nothing in ([], [np.empty((2, 0))]):
         with pytest.raises(ValueError, match="at least one"):
             comparison.gain(nothing)
 
@@ -316,8 +323,9 @@ def test_a_curve_that_falls_by_chance_is_made_to_rise_and_a_flat_one_gives_no_re
     assert [point.real for point in curve] == [15, 30, 60]
     assert report._rising([(15, 0.6), (30, 0.8), (60, 0.7)]) == [(15, 0.6), (30, 0.75), (60, 0.75)]
     flat = (CurvePoint(real=15, dice=0.7), CurvePoint(real=30, dice=0.7))
-    gained = Interval(mean=1, low=0, high=2)
+    gained = Interval(mean=1, low=0.1, high=2)
     assert report.annotation_equivalents(gained, flat, rows(0.0)) == (None, False)
+    assert report.annotation_equivalents(Interval(mean=1, low=-0.1, high=2), curve, rows(0.0)) == (None, False)
     short = (CurvePoint(real=15, dice=0.6), CurvePoint(real=30, dice=0.7))
     real = [row for row in rows(0.0) if row.arm == REAL]
     assert report.annotation_equivalents(gained, short, real) == (None, False)

@@ -26,7 +26,7 @@ from meddiff_services.worker import Outcome, Work
 
 LEAST_TRAINED, MOST_TRAINED = 4, 10_000
 LEAST_TESTED = 4
-"""Groups of cases that are left to test, before more real cases are given to the oracle."""
+"""Groups of cases that are left to test, before more real cases are given to the oracle; and the fewest test cases."""
 
 
 def split(work: Work) -> Outcome:
@@ -52,17 +52,25 @@ def split(work: Work) -> Outcome:
         grounds = [Seen(dataset.id, case, "lesions are painted on it") for case in dataset.backgrounds]
         _refuse_leaks(work, [here[place] for place in tested], vectors[tested], grounds)
     notes = [f"{len(set(group_of))} groups of cases (a patient, or nearly the same picture) among {len(cases)}"]
+    if spec.request.seeds == 1:
+        notes.append("one seed: what the luck of a training adds is not in the intervals, so they are too narrow")
+    if spec.request.test_uri is not None:
+        notes.append("patients of the two datasets were told apart by their pictures alone")
     if "oracle" in spec.request.arms and not any(arm.share > 1 for arm in evaluation.arms(spec.request, found)):
         notes.append("no oracle: too few further cases, or none that the generator has not seen")
     return Outcome(len(cases), {"splits": [one.model_dump(mode="json") for one in found], "notes": notes})
 
 
 def _judge(spec: EvaluateSpec, found: Sequence[Split]) -> None:
-    """Raises ``ProblemError`` ``invalid-dataset`` for splits that no segmenter can be trained on."""
+    """Raises ``ProblemError`` ``invalid-dataset`` for splits that train or test on too few cases."""
     fewest, most = (choose(len(split.train) for split in found) for choose in (min, max))
     if fewest < LEAST_TRAINED or most > MOST_TRAINED:
         detail = f"A split would train on {fewest if fewest < LEAST_TRAINED else most} cases"
         raise ProblemError("invalid-dataset", f"{detail}; {LEAST_TRAINED} to {MOST_TRAINED} can be")
+    tested = len({digest for split in found for digest in split.test})
+    if tested < LEAST_TESTED:
+        detail = f"{tested} case(s) would be left to test on; at least {LEAST_TESTED} are needed"
+        raise ProblemError("invalid-dataset", detail)
     if all(arm.name == REAL or arm.share < 1 for arm in evaluation.arms(spec.request, found)):
         raise ProblemError("invalid-dataset", "There are too few further cases for an oracle, and no other arm")
 
@@ -116,8 +124,11 @@ def _given(work: Work, cases: Sequence[Case], group_of: Sequence[int]) -> list[S
     card = work.store.get_json(ModelKeys(work.tenant, spec.model_id or "").card, ModelCard)
     own = set(card.cases)
     train = [place for place, case in enumerate(cases) if case.image_sha256 in own]
-    if not train:
-        detail = "None of the model's cases is in this dataset: give the dataset it was made from, and test_uri"
+    if len(train) < len(own):
+        detail = (
+            f"{len(own) - len(train)} of the model's {len(own)} cases are not in this dataset, and all of them are to "
+            "train beside the pairs: give the dataset it was made from, and test_uri"
+        )
         raise ProblemError("invalid-dataset", detail)
     test_dataset = work.marker("import", 0).output["test_dataset_id"]
     if test_dataset is None:

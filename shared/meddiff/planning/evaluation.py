@@ -29,9 +29,7 @@ def arms(request: EvaluateRequest, splits: Sequence[Split]) -> tuple[Arm, ...]:
                 for mixing in request.mixing
             ]
         if "copy-paste" in request.arms:
-            found.append(
-                Arm(name=f"copy-paste {pairs}", source="copy-paste", pairs=pairs, mixing=request.mixing[0])
-            )
+            found.append(Arm(name=f"copy-paste {pairs}", source="copy-paste", pairs=pairs, mixing=request.mixing[0]))
     return tuple(found)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
+BLOCK = 500  # Resamples that are in memory at once.
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,13 @@ class Gain:
 
 
 def gain(differences: Sequence[NDArray[np.float64]], seed: int = 0, level: float = 0.95) -> Gain:
-    """Of paired differences, one array a draw of the training cases: (cases,), seeds averaged.
+    """Of paired differences, one array a draw of the training cases: (seeds, cases).
 
-    Draws are resampled, and within each its test cases (Davison and Hinkley 1997, section 3.8): cases of one draw share
-    what they were trained on, so they alone would promise too much. Raises ``ValueError`` where there is no difference.
+    Draws are resampled, and within each its seeds and, crossed with them, its test cases (Davison and Hinkley 1997,
+    section 3.8; Owen 2007): the cases of one draw share what they were trained on, and those of one seed share the luck
+    of a training, so cases alone would promise too much. Raises ``ValueError`` where there is no difference.
     """
-    if not differences or any(len(draw) == 0 for draw in differences):
+    if not differences or any(draw.size == 0 for draw in differences):
         raise ValueError("a gain needs at least one draw, and a case in each")
     rng = np.random.default_rng(seed)
     count = len(differences)
@@ -43,9 +45,14 @@ def gain(differences: Sequence[NDArray[np.float64]], seed: int = 0, level: float
 def _resampled_means(
     values: NDArray[np.float64], resamples: int, repeats: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Means of ``values`` drawn with replacement: (resamples, repeats)."""
-    weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=(resamples, repeats))
-    return np.asarray(weights @ values / len(values))
+    """Means of ``values`` (seeds, cases), both drawn with replacement: (resamples, repeats)."""
+    found = np.empty((resamples, repeats))
+    for repeat in range(repeats):
+        for first in range(0, resamples, BLOCK):
+            block = found[first : first + BLOCK, repeat]
+            seeds, cases = (rng.multinomial(n, np.full(n, 1 / n), size=len(block)) for n in values.shape)
+            block[:] = ((seeds @ values) * cases).sum(axis=1) / values.size
+    return found
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -20,9 +20,9 @@ def arm_results(rows: Sequence[Row], arms: Sequence[Arm]) -> tuple[ArmResult, ..
     """Each arm that has rows, with its gain over real only; the p-values are adjusted over the arms after Holm."""
     by_arm = _by_arm(rows)
     gains = {
-        arm.name: gain(differences(by_arm[arm.name], by_arm[REAL]))
+        arm.name: gain(change)
         for arm in arms
-        if arm.name != REAL and by_arm[arm.name] and by_arm[REAL]
+        if arm.name != REAL and (change := differences(by_arm[arm.name], by_arm[REAL]))
     }
     adjusted = holm({name: found.p for name, found in gains.items()})
     curve = learning_curve(rows, arms)
@@ -63,15 +63,13 @@ def _result(
 
 
 def differences(arm: Sequence[Row], against: Sequence[Row]) -> list[NDArray[np.float64]]:
-    """Of each split, the cases' Dice under one arm less that under the other, averaged over the seeds that both have:
-    much of what a seed does to a run it does to every arm."""
+    """Of each split, the Dice under one arm less that under the other (seeds, cases), for the runs that both have."""
     ours, theirs = _by_run(arm), _by_run(against)
-    found: dict[int, list[dict[str, float]]] = defaultdict(list)
+    found: dict[int, list[list[float]]] = defaultdict(list)
     for run in sorted(ours.keys() & theirs.keys()):
         one, other = ({row.case: row.dice for row in runs[run]} for runs in (ours, theirs))
-        found[run[0]].append({case: one[case] - other[case] for case in one.keys() & other.keys()})
-    means = [[np.mean(values) for _, values in sorted(_collected(runs).items())] for runs in found.values()]
-    return [np.array(draw) for draw in means if draw]
+        found[run[0]].append([one[case] - other[case] for case in sorted(one.keys() & other.keys())])
+    return [np.array(runs) for runs in found.values() if runs[0]]
 
 
 def seed_spread(rows: Sequence[Row]) -> float | None:
@@ -90,7 +88,7 @@ def learning_curve(rows: Sequence[Row], arms: Sequence[Arm]) -> tuple[CurvePoint
     real, points = by_arm[REAL], []
     for arm in arms:
         some = by_arm[arm.name]
-        if arm.source is None and (change := differences(some, real)):
+        if arm.source is None and (arm.name == REAL or arm.share != 1) and (change := differences(some, real)):
             gained = float(np.mean([draw.mean() for draw in change]))
             points.append((float(np.mean([row.real for row in some])), _mean(real, "dice") + gained))
     return tuple(CurvePoint(real=count, dice=dice) for count, dice in _rising(sorted(points)))
@@ -115,12 +113,12 @@ def annotation_equivalents(
 ) -> tuple[Interval | None, bool]:
     """How many more real cases would have gained as much: the curve between its points is linear in the logarithm of
     the number of cases. The second value: whether the curve ends below the mean gain, so that it is at least as many.
-    None where the curve has no slope to read, or no point with more cases to read a gain from."""
-    if len(curve) < 2 or curve[-1].dice <= curve[0].dice:
+    None where no gain is shown, the curve has no slope to read, or no point with more cases to read a gain from."""
+    if gained.low <= 0 or len(curve) < 2 or curve[-1].dice <= curve[0].dice:
         return None, False
     numbers, dice = np.log([point.real for point in curve]), np.array([point.dice for point in curve])
     have = float(np.log(np.mean([row.real for row in real])))
-    if gained.mean > 0 and numbers[-1] <= have + 1e-6:
+    if numbers[-1] <= have + 1e-6:
         return None, False
     level = float(np.interp(have, numbers, dice))
     strictly = dice + 1e-9 * np.arange(len(dice))
@@ -203,12 +201,4 @@ def _by_run(rows: Sequence[Row]) -> dict[tuple[int, int], list[Row]]:
     found: dict[tuple[int, int], list[Row]] = defaultdict(list)
     for row in rows:
         found[row.split, row.seed].append(row)
-    return found
-
-
-def _collected(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = defaultdict(list)
-    for run in runs:
-        for case, value in run.items():
-            found[case].append(value)
     return found
