@@ -9,7 +9,7 @@ between seeds and between draws as each line says.
 from __future__ import annotations
 
 import numpy as np
-from meddiff.science.evaluation.comparison import gain
+from meddiff.science.evaluation.comparison import Paired, gain
 
 REPEATS = 400
 OF_CASES, OF_A_CASE_IN_A_RUN = 5.0, 7.0
@@ -37,7 +37,7 @@ def main() -> None:
                 + rng.normal(0, OF_A_CASE_IN_A_RUN, (seeds, cases))
                 for _ in range(draws)
             ]
-            found.append(gain(differences))
+            found.append(gain([Paired.of_single_cases(draw) for draw in differences]))
         held = np.mean([one.low <= 0 <= one.high for one in found])
         width = np.mean([one.high - one.low for one in found])
         print(f"{draws}, {seeds}, {cases} | {of_draws}, {of_seeds} | {held:.3f}, {width:.1f}", flush=True)

@@ -63,10 +63,9 @@ def over_datasets(groups: Mapping[Key, Sequence[Training]], arm: str, other: str
             found.append(change)
     if not found:
         return None
-    means = np.array([np.mean([draw.mean() for draw in change]) for change in found])
-    spread = [(one.high - one.low) / 2 for one in (gain(change) for change in found)]
-    half = float(np.sqrt(np.sum(np.square(spread))) / len(found))
-    mean = float(means.mean())
+    gains = [gain(change) for change in found]
+    half = float(np.sqrt(np.sum([((one.high - one.low) / 2) ** 2 for one in gains])) / len(gains))
+    mean = float(np.mean([one.mean for one in gains]))
     return len(found), Interval(mean=100 * mean, low=100 * (mean - half), high=100 * (mean + half))
 
 

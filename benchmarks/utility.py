@@ -152,6 +152,7 @@ class Training(Contract):
     seconds: float
     device: str = "cpu"
     cases: tuple[str, ...]
+    groups: tuple[int, ...] = ()
     area: tuple[float, ...]
     dice: tuple[float, ...]
     nsd: tuple[float, ...]
@@ -163,8 +164,10 @@ class Training(Contract):
 
     def rows(self) -> Iterator[Row]:
         fixed = {"split": self.draw, "arm": self.arm, "seed": self.seed, "steps": self.steps, "real": self.real}
-        for values in zip(self.cases, self.area, self.dice, self.nsd, self.hd95, strict=True):
-            yield Row(**fixed, **dict(zip(("case", "area", "dice", "nsd", "hd95"), values, strict=True)))
+        names = ("case", "group", "area", "dice", "nsd", "hd95")
+        groups = self.groups or (None,) * len(self.cases)
+        for values in zip(self.cases, groups, self.area, self.dice, self.nsd, self.hd95, strict=True):
+            yield Row(**fixed, **dict(zip(names, values, strict=True)))
 
 
 def run(trial: Trial) -> None:
@@ -199,6 +202,7 @@ def run(trial: Trial) -> None:
             seconds=round(time.monotonic() - begun, 1),
             device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
             cases=tuple(digests[place][:CASE] for place in draw.test),
+            groups=tuple(cases.group_of[place] for place in draw.test),
             area=tuple(round(float(mask.mean()), 4) for _, mask in cases.pairs(draw.test)),
             dice=tuple(round(one.dice, 4) for one in figures),
             nsd=tuple(round(one.nsd, 4) for one in figures),

@@ -58,36 +58,48 @@ def test_masks_of_different_size_are_refused() -> None:
 # ------------------------------------------------------------------------------------------------------- comparison
 
 
+def gained(*differences: np.ndarray) -> comparison.Gain:
+    return comparison.gain([comparison.Paired.of_single_cases(draw) for draw in differences])
+
+
 def test_a_gain_that_every_case_shows_has_no_spread() -> None:
-    found = comparison.gain([np.full((2, 9), 0.25), np.full((2, 7), 0.25)])
+    found = gained(np.full((2, 9), 0.25), np.full((2, 7), 0.25))
     assert (found.mean, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
     assert found.p < 0.001
 
 
 def test_draws_that_disagree_widen_the_interval_however_many_cases_they_have() -> None:
-    found = comparison.gain([np.full((1, 1000), level) for level in (1.0, -1.0, 0.5)])
+    found = gained(*(np.full((1, 1000), level) for level in (1.0, -1.0, 0.5)))
     assert found.low < 0 < found.high
     assert found.p > 0.3
 
 
 def test_of_one_draw_and_one_seed_the_interval_is_that_of_the_mean() -> None:
     values = np.random.default_rng(0).normal(0.3, 1, (1, 400))
-    found = comparison.gain([values])
+    found = gained(values)
     standard_error = values.std() / 20
     assert found.high - found.low == pytest.approx(2 * 1.96 * standard_error, rel=0.05)
 
 
 def test_of_one_draw_the_luck_of_its_seeds_is_in_the_interval_whatever_the_number_of_cases() -> None:
     luck = np.random.default_rng(0).normal(0.3, 1, (30, 1))
-    found = comparison.gain([np.broadcast_to(luck, (30, 900))])
+    found = gained(np.broadcast_to(luck, (30, 900)))
     standard_error = luck.std() / 30**0.5
     assert found.high - found.low == pytest.approx(2 * 1.96 * standard_error, rel=0.05)
+
+
+def test_the_cases_of_a_patient_count_as_one() -> None:
+    patients = np.random.default_rng(0).normal(0.3, 1, (1, 40))
+    found = comparison.gain([comparison.Paired(np.repeat(patients, 25, axis=1), np.repeat(np.arange(40), 25))])
+    alone = gained(patients)
+    assert found.mean == pytest.approx(alone.mean)
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high), abs=0.02)
 
 
 def test_nothing_is_no_gain() -> None:
     for nothing in ([], [np.empty((2, 0))]):
         with pytest.raises(ValueError, match="at least one"):
-            comparison.gain(nothing)
+            gained(*nothing)
 
 
 def test_holm_is_holms_own_arithmetic() -> None:

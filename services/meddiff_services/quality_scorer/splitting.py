@@ -103,16 +103,20 @@ def _drawn(spec: EvaluateSpec, cases: Sequence[Case], group_of: Sequence[int]) -
     def named(places: Sequence[int]) -> tuple[str, ...]:
         return tuple(cases[place].image_sha256 for place in places)
 
+    def one_split(train: Sequence[int], extra: Sequence[int], test: Sequence[int]) -> Split:
+        groups = tuple(group_of[place] for place in test)
+        return Split(train=named(train), extra=named(extra), test=named(test), groups=groups)
+
     if request.folds is not None:
         parts = splits.folds(group_of, request.folds, request.seed)
         rest = [[place for place in range(len(cases)) if place not in part] for part in parts]
-        return [Split(train=named(others), test=named(part[:tested])) for part, others in zip(parts, rest, strict=True)]
+        return [one_split(others, (), part[:tested]) for part, others in zip(parts, rest, strict=True)]
     train = request.train or spec.recipe.max_pairs
     extra = max(0, min(train, len(set(group_of)) - train - LEAST_TESTED))
     draws = [
         splits.draw(group_of, train, extra, tested, request.seed + number) for number in range(request.draws or 1)
     ]  # fmt: skip
-    return [Split(train=named(one.train), extra=named(one.extra), test=named(one.test)) for one in draws]
+    return [one_split(one.train, one.extra, one.test) for one in draws]
 
 
 # ----------------------------------------------------------------------------------------------------- given pairs
@@ -142,11 +146,14 @@ def _given(work: Work, cases: Sequence[Case], group_of: Sequence[int]) -> list[S
         raise ProblemError("invalid-dataset", detail)
     tests = tests[: spec.recipe.evaluation.tested]
     pictures = [Seen(*test) for test in tests]
-    _refuse_leaks(work, pictures, _embeddings(work, pictures), list(_parts(work, card)))
+    vectors = _embeddings(work, pictures)
+    _refuse_leaks(work, pictures, vectors, list(_parts(work, card)))
+    patients = [case.patient for _, case in tests]
     return [
         Split(
             train=tuple(cases[place].image_sha256 for place in train),
             test=tuple(case.image_sha256 for _, case in tests),
+            groups=tuple(splits.groups(patients, vectors, spec.recipe.evaluation.near_duplicate)),
         )
     ]
 

@@ -49,7 +49,9 @@ def segmenter(work: Work) -> Outcome:
         device(work.settings),
     )
     rows = []
-    for digest, case in zip(cut[run.split].test, load_cases(work, cut[run.split].test), strict=True):
+    test = cut[run.split].test
+    groups = cut[run.split].groups or (None,) * len(test)
+    for digest, group, case in zip(test, groups, load_cases(work, test), strict=True):
         found = trials.judge(network, settings, (case.image, case.mask))
         rows.append(
             Row(
@@ -59,6 +61,7 @@ def segmenter(work: Work) -> Outcome:
                 steps=steps,
                 real=len(trained_on.real),
                 case=digest,
+                group=group,
                 area=float(case.mask.mean()),
                 dice=found.dice,
                 nsd=found.nsd,

@@ -32,17 +32,19 @@ class Arm(Contract):
 
 class Split(Contract):
     """One draw of the cases, by the digests of their images: those that train, further real ones for the oracle (none
-    of the training cases' groups), and those that test."""
+    of the training cases' groups), and those that test, with the number of each one's group in ``groups``."""
 
     train: tuple[Sha256, ...]
     extra: tuple[Sha256, ...] = ()
     test: tuple[Sha256, ...]
+    groups: tuple[int, ...] = ()
 
 
 class Row(Contract):
     """The figures of one test case (``case``: the digest of its image) under one trained segmenter. ``real``: cases it
     was trained on; ``steps``: where its training stopped; ``area``: the true mask's share of the image; ``dice`` and
-    ``nsd`` in [0, 1], 1 best; ``hd95`` in shares of the image's diagonal, 0 best."""
+    ``nsd`` in [0, 1], 1 best; ``hd95`` in shares of the image's diagonal, 0 best. ``group``: a number that
+    cases of one patient, or of nearly the same picture, share."""
 
     split: int
     arm: str
@@ -50,6 +52,7 @@ class Row(Contract):
     steps: int
     real: int
     case: str
+    group: int | None = None
     area: float
     dice: float
     nsd: float
@@ -66,9 +69,9 @@ class Interval(Contract):
 
 class ArmResult(Contract):
     """An arm's mean figures over all of its runs. ``gain``: Dice over the arm ``real`` in points, by a hierarchical
-    paired bootstrap over splits and cases; ``p`` from the same resamples; ``spread``: standard deviation of a run's
-    mean Dice between seeds, in points; ``equivalents``: how many more real cases are worth as much, read off the
-    learning curve; beyond its end they are ``at_least`` as many."""
+    paired bootstrap over splits, seeds and groups of cases; ``p`` from the same resamples; ``spread``: standard
+    deviation of a run's mean Dice between seeds, in points; ``equivalents``: how many more real cases are worth as
+    much, read off the learning curve; beyond its end they are ``at_least`` as many."""
 
     name: str
     runs: int

@@ -22,14 +22,28 @@ class Gain:
     p: float
 
 
-def gain(differences: Sequence[NDArray[np.float64]], seed: int = 0, level: float = 0.95) -> Gain:
-    """Of paired differences, one array a draw of the training cases: (seeds, cases).
+@dataclass(frozen=True)
+class Paired:
+    """Differences of one draw of the training cases (seeds, cases), and the group of each case (cases,), 0 and up:
+    cases of one patient share it."""
 
-    Draws are resampled, and within each its seeds and, crossed with them, its test cases (Davison and Hinkley 1997,
-    section 3.8; Owen 2007): the cases of one draw share what they were trained on, and those of one seed share the luck
-    of a training, so cases alone would promise too much. Raises ``ValueError`` where there is no difference.
+    values: NDArray[np.float64]
+    group_of: NDArray[np.int_]
+
+    @classmethod
+    def of_single_cases(cls, values: NDArray[np.float64]) -> Paired:
+        return cls(values, np.arange(values.shape[1]))
+
+
+def gain(differences: Sequence[Paired], seed: int = 0, level: float = 0.95) -> Gain:
+    """Of paired differences, a draw of the training cases each.
+
+    Draws are resampled, and within each its seeds and, crossed with them, its groups of test cases (Davison and Hinkley
+    1997, section 3.8; Owen 2007): the cases of one draw share what they were trained on, those of one seed the luck of
+    a training, and those of one patient the patient, so cases alone would promise too much. Raises ``ValueError`` where
+    there is no difference.
     """
-    if not differences or any(draw.size == 0 for draw in differences):
+    if not differences or any(draw.values.size == 0 for draw in differences):
         raise ValueError("a gain needs at least one draw, and a case in each")
     rng = np.random.default_rng(seed)
     count = len(differences)
@@ -39,19 +53,24 @@ def gain(differences: Sequence[NDArray[np.float64]], seed: int = 0, level: float
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     beyond = min((means <= 0).mean(), (means >= 0).mean())
     p = min(1.0, 2 * (beyond * RESAMPLES + 1) / (RESAMPLES + 1))
-    return Gain(float(np.mean([draw.mean() for draw in differences])), float(low), float(high), float(p))
+    return Gain(mean_of(differences), float(low), float(high), float(p))
 
 
-def _resampled_means(
-    values: NDArray[np.float64], resamples: int, repeats: int, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """Means of ``values`` (seeds, cases), both drawn with replacement: (resamples, repeats)."""
+def mean_of(differences: Sequence[Paired]) -> float:
+    """The mean over draws of the mean difference in each."""
+    return float(np.mean([draw.values.mean() for draw in differences]))
+
+
+def _resampled_means(draw: Paired, resamples: int, repeats: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Means of a draw's values, seeds and groups drawn with replacement: (resamples, repeats)."""
     found = np.empty((resamples, repeats))
+    of_seeds, of_groups = len(draw.values), int(draw.group_of.max()) + 1
     for repeat in range(repeats):
         for first in range(0, resamples, BLOCK):
             block = found[first : first + BLOCK, repeat]
-            seeds, cases = (rng.multinomial(n, np.full(n, 1 / n), size=len(block)) for n in values.shape)
-            block[:] = ((seeds @ values) * cases).sum(axis=1) / values.size
+            seeds, groups = (rng.multinomial(n, np.full(n, 1 / n), size=len(block)) for n in (of_seeds, of_groups))
+            cases = groups[:, draw.group_of]
+            block[:] = ((seeds @ draw.values) * cases).sum(axis=1) / (of_seeds * cases.sum(axis=1))
     return found
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meddiff.contracts.evaluation import REAL, Arm, ArmResult, CurvePoint, Interval, Row, SizeGain, Verdict
-from meddiff.science.evaluation.comparison import Gain, gain, holm
+from meddiff.science.evaluation.comparison import Gain, Paired, gain, holm, mean_of
 
 POINTS = 100.0
 LEAST_SIZED = 5  # Cases of a size, below which nothing is said of it.
@@ -62,14 +62,18 @@ def _result(
     )
 
 
-def differences(arm: Sequence[Row], against: Sequence[Row]) -> list[NDArray[np.float64]]:
-    """Of each split, the Dice under one arm less that under the other (seeds, cases), for the runs that both have."""
+def differences(arm: Sequence[Row], against: Sequence[Row]) -> list[Paired]:
+    """Of each split, the Dice under one arm less that under the other, for the runs that both have."""
     ours, theirs = _by_run(arm), _by_run(against)
     found: dict[int, list[list[float]]] = defaultdict(list)
-    for run in sorted(ours.keys() & theirs.keys()):
-        one, other = ({row.case: row.dice for row in runs[run]} for runs in (ours, theirs))
-        found[run[0]].append([one[case] - other[case] for case in sorted(one.keys() & other.keys())])
-    return [np.array(runs) for runs in found.values() if runs[0]]
+    group_of: dict[int, NDArray[np.int_]] = {}
+    for split, seed in sorted(ours.keys() & theirs.keys()):
+        one, other = ({row.case: row for row in runs[split, seed]} for runs in (ours, theirs))
+        if both := sorted(one.keys() & other.keys()):
+            found[split].append([one[case].dice - other[case].dice for case in both])
+            names = [case if one[case].group is None else str(one[case].group) for case in both]
+            group_of[split] = np.unique(names, return_inverse=True)[1]
+    return [Paired(np.array(runs), group_of[split]) for split, runs in found.items()]
 
 
 def seed_spread(rows: Sequence[Row]) -> float | None:
@@ -89,8 +93,7 @@ def learning_curve(rows: Sequence[Row], arms: Sequence[Arm]) -> tuple[CurvePoint
     for arm in arms:
         some = by_arm[arm.name]
         if arm.source is None and (arm.name == REAL or arm.share != 1) and (change := differences(some, real)):
-            gained = float(np.mean([draw.mean() for draw in change]))
-            points.append((float(np.mean([row.real for row in some])), _mean(real, "dice") + gained))
+            points.append((float(np.mean([row.real for row in some])), _mean(real, "dice") + mean_of(change)))
     return tuple(CurvePoint(real=count, dice=dice) for count, dice in _rising(sorted(points)))
 
 
