@@ -205,13 +205,12 @@ def conclusion(found: Mapping[tuple[str, str], tuple[int, Interval] | None]) -> 
         return "Synthetic pairs have not been measured here yet."
     low, high = gained[1].low, gained[1].high
     first = "help" if low > 0 else "harm" if high < 0 else "are not shown to help: the interval holds zero"
-    than = {"copy-paste": "plain copy-paste", "real x1.5": "half as many real cases again"}
-    second = []
-    for other, words in than.items():
+    told = [f"**Synthetic pairs {first}.**"]
+    for other, words in {"copy-paste": "plain copy-paste", "real x1.5": "half as many real cases again"}.items():
         if (one := found["synthetic", other]) is not None:
-            rank = "better than" if one[1].low > 0 else "worse than" if one[1].high < 0 else "not told apart from"
-            second.append(f"{rank} {words}")
-    return " ".join([f"**Synthetic pairs {first}.**", *([f"They are {' and '.join(second)}."] if second else [])])
+            rank = "better" if one[1].low > 0 else "worse" if one[1].high < 0 else "not told apart"
+            told.append(f"Against {words}: {rank}.")
+    return " ".join(told)
 
 
 def devices(trainings: Sequence[Training]) -> str:
