@@ -1,0 +1,58 @@
+"""The page of the experiments, from rows that are partly there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from benchmarks import experiments, utility
+from benchmarks.utility import Training
+
+
+def trained(arm: str, dice: float, draw: int = 0, seed: int = 0, train: int = 30) -> Training:
+    """A training with twenty test cases, of about that Dice."""
+    figures = tuple(np.random.default_rng((draw, seed, len(arm))).normal(dice, 0.01, 20).round(4).tolist())
+    return Training(
+        dataset="PH2",
+        development=False,
+        segmenter=utility.EVALUATION.segmenter,
+        train=train,
+        draw=draw,
+        arm=arm,
+        seed=seed,
+        curve={},
+        steps=480,
+        real=train,
+        pairs=0 if arm.startswith("real") else 90,
+        seconds=1.0,
+        cases=tuple(f"{draw}-{case}" for case in range(20)),
+        groups=tuple(range(20)),
+        area=(0.1,) * 20,
+        dice=figures,
+        nsd=figures,
+        hd95=(0.1,) * 20,
+    )
+
+
+def runs(arm: str, dice: float) -> list[Training]:
+    return [trained(arm, dice, draw, seed) for draw in range(3) for seed in range(2)]
+
+
+def test_the_page_opens_with_what_the_runs_show() -> None:
+    both = [*runs("real", 0.8), *runs("copy-paste", 0.85)]
+    helped, harmed = (experiments.page([*both, *runs("synthetic", dice)]) for dice in (0.85, 0.7))
+    assert "**Synthetic pairs help.** Against plain copy-paste: not told apart." in helped
+    assert "**Synthetic pairs harm.** Against plain copy-paste: worse." in harmed
+    assert "| synthetic | 2 + 2 + 2 | 480 | 85" in helped
+
+
+def test_runs_that_have_no_counterpart_yet_are_no_gain() -> None:
+    page = experiments.page([trained("real", 0.8), trained("synthetic", 0.9, draw=1), trained("copy-paste", 0.8)])
+    assert "Synthetic pairs have not been measured here yet." in page
+    assert "No run has ended yet." in experiments.page([trained("synthetic", 0.9)])
+
+
+def test_a_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    line = trained("real", 0.8).model_dump_json()
+    (tmp_path / "rows.jsonl").write_text(f"{line}\n{line[:100]}")
+    assert utility.read(tmp_path / "rows.jsonl") == [trained("real", 0.8)]
