@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+
 from benchmarks import experiments, utility
 from benchmarks.utility import Training
 
