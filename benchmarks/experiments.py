@@ -30,9 +30,9 @@ MATCHED = (
     "well, which makes small p a little too small."
 )
 CANDIDATES = (
-    "Letters: a real case repainted in its own mask, b how strongly a composite is painted over, c what a new shape "
-    "lies on, d the edge, e segmenters that choose or label, f mixing with real cases, g unlabelled images, h when the "
-    "fine-tune stops, i decoys, j the foundation."
+    "a: a real case repainted in its own mask; b: how strongly a composite is painted over; c: what a new shape lies "
+    "on; d: the edge; e: segmenters that choose or label; f: mixing with real cases; g: unlabelled images; h: when the "
+    "fine-tune stops; i: decoys; j: the foundation."
 )
 
 

@@ -22,6 +22,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, StableDiffusionInpaintPipeline
 from meddiff.contracts.recipes import override
 from meddiff.science import encoders, geometry, inpainting, quality
+from meddiff.science.foundation import Foundation
 from meddiff.seeds import derive
 from meddiff_services.pictures import Mask, Pixels
 from numpy.typing import NDArray
@@ -76,8 +77,7 @@ def plain(
     return made
 
 
-def pipeline(generator: Generator, scheduler: type[SchedulerMixin]) -> StableDiffusionInpaintPipeline:
-    f = generator.foundation
+def pipeline(f: Foundation, scheduler: type[SchedulerMixin]) -> StableDiffusionInpaintPipeline:
     pipe = StableDiffusionInpaintPipeline(
         vae=f.vae,
         text_encoder=f.text_encoder,
@@ -146,7 +146,8 @@ def main() -> None:
     fitted = fitted_model(train, [], recipe, 0, arguments.cache / f"{arguments.data.name}-speed.safetensors")
     generator = Generator(train, [], recipe, fitted)
     px = recipe.foundation.resolution
-    pipes = {"tuned": pipeline(generator, DPMSolverMultistepScheduler), "authors": pipeline(generator, DDIMScheduler)}
+    schedulers = {"tuned": DPMSolverMultistepScheduler, "authors": DDIMScheduler}
+    pipes = {name: pipeline(generator.foundation, scheduler) for name, scheduler in schedulers.items()}
 
     def seeds(turn: int, count: int) -> list[int]:
         return [derive("speed", turn, n) for n in range(count)]

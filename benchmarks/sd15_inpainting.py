@@ -17,7 +17,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, StableDiffusionInpaintPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from meddiff.contracts.recipes import GPU, Recipe, override
 from meddiff.science import foundation, geometry, inpainting
 from meddiff.science.foundation import Foundation
@@ -26,7 +26,7 @@ from transformers import CLIPTokenizer
 
 from benchmarks.finetune_speed import now, sd15
 from benchmarks.in_process import DEVICE
-from benchmarks.inpainting_speed import BATCH, PAIRS, plain
+from benchmarks.inpainting_speed import BATCH, PAIRS, pipeline, plain
 
 PX = GPU.foundation.resolution
 SHARE = 4
@@ -47,32 +47,22 @@ def canvases() -> list[inpainting.Canvas]:
     return found
 
 
-def pipeline(f: Foundation, scheduler: type[SchedulerMixin]) -> StableDiffusionInpaintPipeline:
-    """Its networks are copies in bfloat16."""
-    other = sd15(torch.bfloat16)
-    pipe = StableDiffusionInpaintPipeline(
-        vae=other.vae,
-        text_encoder=other.text_encoder,
-        tokenizer=f.tokenizer,
-        unet=other.unet,
-        scheduler=scheduler.from_config(f.scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(DEVICE, torch.bfloat16)
+def with_prompts() -> Foundation:
+    """Random weights, and the built-in tokenizer at the length of Stable Diffusion's."""
+    f = sd15(torch.bfloat16)
+    f.tokenizer = CLIPTokenizer.from_pretrained(foundation.BUILTIN, subfolder="tokenizer", model_max_length=77)
+    return f
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args(argv)
-    f = sd15(torch.bfloat16)
-    f.tokenizer = CLIPTokenizer.from_pretrained(foundation.BUILTIN, subfolder="tokenizer")
-    f.tokenizer.model_max_length = 77
-    some = canvases()
-    tuned, authors = pipeline(f, DPMSolverMultistepScheduler), pipeline(f, DDIMScheduler)
+    f, other, some = with_prompts(), with_prompts(), canvases()
+    tuned, authors = (
+        pipeline(other, scheduler).to(DEVICE, torch.bfloat16)
+        for scheduler in (DPMSolverMultistepScheduler, DDIMScheduler)
+    )
 
     def ours(recipe: Recipe) -> object:
         return inpainting.inpaint(f, some, recipe)
@@ -98,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"{name} / {mine}: median {np.median(ratio):.2f}, {ratio.min():.2f} to {ratio.max():.2f}")
     if DEVICE.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
-        print(f"{torch.cuda.get_device_name()}, {peak:.1f} GiB at most, of which the pipelines' own networks 4")
+        print(f"{torch.cuda.get_device_name()}, {peak:.1f} GiB at most, of which the pipelines' own networks 2")
 
 
 if __name__ == "__main__":
