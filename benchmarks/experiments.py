@@ -29,6 +29,19 @@ MATCHED = (
     "their Dice. The cases are not those that the recipe was chosen by; yet former recipes were measured on them as "
     "well, which makes small p a little too small."
 )
+DEFAULT = "synthetic"
+"""The recipe as it stands, which an ablation changes in one point."""
+CONTROLS = {
+    "shifted": "must lose: the labels are wrong",
+    "copies": "must add nothing: no new case is in them",
+    "real, 0.5 x steps": "must gain nothing: the stop is not too late",
+    "real, 2 x steps": "must gain nothing: the stop is not too early",
+}
+"""Arms whose answer is known, that show whether the ruler can be read."""
+AGAINST_DEFAULT = (
+    f"Points of Dice over `{DEFAULT}`, on the development halves; the letters are explained at the page's end. A "
+    "variant takes the default's place only where its interval lies above zero on the mean."
+)
 CANDIDATES = (
     "a: a real case repainted in its own mask; b: how strongly a composite is painted over; c: what a new shape lies "
     "on; d: the edge; e: segmenters that choose or label; f: mixing with real cases; g: unlabelled images; h: when the "
@@ -129,6 +142,16 @@ def page(trainings: Sequence[Training]) -> str:
     groups = grouped(trainings)
     lines = ["# What synthetic pairs were worth, measured", "", "Recipe `cpu` with the built-in foundation.", ""]
     lines += [*answer(groups), ""]
+    lines += ["## Controls: arms whose answer is known", "", *controls(groups), ""]
+    tuned = {key: found for key, found in groups.items() if key[1] and key[2] == EVALUATION.segmenter}
+    lines += [
+        "## Ablation: each variant against the recipe as it stands",
+        "",
+        AGAINST_DEFAULT,
+        "",
+        *ablation(tuned),
+        "",
+    ]
     for development, title in ((False, "Kept for the end"), (True, "Development half: the recipe is tuned on it")):
         some = {key: found for key, found in groups.items() if key[1] == development}
         if not some:
@@ -170,6 +193,39 @@ def overview(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def ablation(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
+    """Each variant against the default recipe, on every dataset that has both and on their mean."""
+    datasets = list(dict.fromkeys(key[0] for key in groups))
+    lines = [f"| variant | {' | '.join(datasets)} | mean | runs | changed |", "|---" * (len(datasets) + 4) + "|"]
+    for name, variant in VARIANTS.items():
+        each = [over_datasets(_of(groups, dataset), name, DEFAULT) for dataset in datasets]
+        mean = over_datasets(groups, name, DEFAULT)
+        if mean is None or name in (DEFAULT, *CONTROLS):
+            continue
+        runs = sum(one.arm == name for trainings in groups.values() for one in trainings)
+        cells = [*("" if one is None else interval(one[1]) for one in each)]
+        cells.append(interval(mean[1]) if mean[0] > 1 else "")
+        lines.append(f"| {name} | {' | '.join(cells)} | {runs} | {variant.what} |")
+    return lines
+
+
+def controls(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
+    """The arms whose answer is known, wherever they ran, and the verdict on each."""
+    lines = ["| arm | what it must show | dataset | runs | gain over `real` | verdict |", "|---" * 6 + "|"]
+    for name, must in CONTROLS.items():
+        for (dataset, development, _, train), trainings in groups.items():
+            one = next((result for result in results(trainings) if result.name == name), None)
+            if one is None or one.gain is None:
+                continue
+            where = f"{dataset}, {train} real{', development half' if development else ''}"
+            lines.append(f"| {name} | {must} | {where} | {one.runs} | {interval(one.gain)} | {one.verdict} |")
+    return lines
+
+
+def _of(groups: Mapping[Key, Sequence[Training]], dataset: str) -> dict[Key, Sequence[Training]]:
+    return {key: trainings for key, trainings in groups.items() if key[0] == dataset}
 
 
 def _gain_of(result: ArmResult | None) -> str:

@@ -10,12 +10,20 @@ from benchmarks import experiments, utility
 from benchmarks.utility import Training
 
 
-def trained(arm: str, dice: float, draw: int = 0, seed: int = 0, train: int = 30) -> Training:
+def trained(
+    arm: str,
+    dice: float,
+    draw: int = 0,
+    seed: int = 0,
+    train: int = 30,
+    dataset: str = "PH2",
+    development: bool = False,
+) -> Training:
     """A training with twenty test cases, of about that Dice."""
     figures = tuple(np.random.default_rng((draw, seed, len(arm))).normal(dice, 0.01, 20).round(4).tolist())
     return Training(
-        dataset="PH2",
-        development=False,
+        dataset=dataset,
+        development=development,
         segmenter=utility.EVALUATION.segmenter,
         train=train,
         draw=draw,
@@ -51,6 +59,36 @@ def test_runs_that_have_no_counterpart_yet_are_no_gain() -> None:
     page = experiments.page([trained("real", 0.8), trained("synthetic", 0.9, draw=1), trained("copy-paste", 0.8)])
     assert "Synthetic pairs have not been measured here yet." in page
     assert "No run has ended yet." in experiments.page([trained("synthetic", 0.9)])
+
+
+def test_controls_are_told_their_verdict() -> None:
+    page = experiments.page([*runs("real", 0.8), *runs("shifted", 0.6), *runs("copies", 0.8)])
+    told = {
+        name: next(line for line in page.splitlines() if line.startswith(f"| {name} | must"))
+        for name in ("shifted", "copies")
+    }
+    assert told["shifted"].endswith("| harms |")
+    assert told["copies"].endswith("| adds nothing |")
+
+
+def test_a_variant_is_held_against_the_recipe_as_it_stands() -> None:
+    """Not against the real cases; the mean only of datasets that have both."""
+    some = [
+        trained(arm, dice, seed=seed, dataset=dataset, development=True)
+        for dataset in ("PH2", "DDTI")
+        for arm, dice in (("real", 0.5), ("synthetic", 0.8), ("joint", 0.9))
+        for seed in range(3)
+    ]
+    table = [[cell.strip() for cell in line.split("|")] for line in experiments.ablation(experiments.grouped(some))]
+    assert table[0][1:6] == ["variant", "DDTI", "PH2", "mean", "runs"]
+    assert [row[1] for row in table[2:]] == ["joint"]
+    assert all(abs(float(cell.split()[0]) - 10) < 1 for cell in table[2][2:5])
+    partly = [one for one in some if (one.dataset, one.arm) != ("PH2", "joint")]
+    assert [cell.strip() for cell in experiments.ablation(experiments.grouped(partly))[2].split("|")][3:6] == [
+        "",
+        "",
+        "3",
+    ]
 
 
 def test_a_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
