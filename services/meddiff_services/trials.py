@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from meddiff.contracts.dataset import Case
 from meddiff.contracts.evaluation import Arm, Split
@@ -39,36 +42,53 @@ def cases_by_digest(work: Work) -> dict[str, tuple[str, Case]]:
     return found
 
 
-def load_cases(work: Work, digests: Sequence[str]) -> list[Loaded]:
-    """Cases by the digests of their images."""
+def load_cases(work: Work, digests: Sequence[str]) -> Iterator[Loaded]:
+    """Cases by the digests of their images, one in memory at a time."""
     known = cases_by_digest(work)
-    return [load(work, *known[digest]) for digest in digests]
+    return (load(work, *known[digest]) for digest in digests)
+
+
+@dataclass(frozen=True)
+class Stored(Sequence[trials.Pair]):
+    """Pairs that are read from the store whenever they are asked for: thousands of large ones fill no memory."""
+
+    work: Work
+    read: Sequence[Callable[[], trials.Pair]]
+
+    def __len__(self) -> int:
+        return len(self.read)
+
+    def __getitem__(self, place: Any) -> Any:
+        self.work.raise_if_stopped()
+        return self.read[place]()
 
 
 def material(work: Work, number: int, arm: Arm) -> Material:
     """What an arm trains on in split ``number``."""
     split = splits(work)[number]
     wanted = [*split.train, *split.extra][: max(1, round(arm.share * len(split.train)))]
-    cases = load_cases(work, wanted)
-    real = [(case.image, case.mask) for case in cases]
-    patients = [case.case.patient or case.case.image_sha256 for case in cases]
+    known = cases_by_digest(work)
+    cases = [known[digest] for digest in wanted]
+    real = Stored(work, [partial(_real, work, *case) for case in cases])
+    patients = [case.patient or case.image_sha256 for _, case in cases]
     if arm.source is None:
         return Material(real, patients=patients)
-    pairs = made(work, number)
+    pairs = made(work, number)[: arm.pairs]
     if not pairs:
         raise ProblemError("child-failed", f"Job {_makers(work, number).spec.id} made no pair that was accepted")
     places = {digest: place for place, digest in enumerate(split.train)}
-    synthetic: list[trials.Pair] = []
-    origins: list[frozenset[int]] = []
-    for pair, candidate in pairs[: arm.pairs]:
-        synthetic.append(_picture(work, number, arm, pair, candidate))
-        shown = {candidate.donor.image_sha256, candidate.background.image_sha256}
-        origins.append(frozenset(places[digest] for digest in shown & places.keys()))
-        work.raise_if_stopped()
+    shown = [{candidate.donor.image_sha256, candidate.background.image_sha256} for _, candidate in pairs]
+    origins = [frozenset(places[digest] for digest in digests & places.keys()) for digests in shown]
+    synthetic = Stored(work, [partial(_synthetic, work, number, arm, *one) for one in pairs])
     return Material(real, synthetic, origins, arm.mixing, patients)
 
 
-def _picture(work: Work, number: int, arm: Arm, pair: Pair, candidate: Candidate) -> trials.Pair:
+def _real(work: Work, dataset_id: str, case: Case) -> trials.Pair:
+    found = load(work, dataset_id, case)
+    return found.image, found.mask
+
+
+def _synthetic(work: Work, number: int, arm: Arm, pair: Pair, candidate: Candidate) -> trials.Pair:
     if arm.source == "synthetic":
         return decode_png(work.store.get(pair.image.key)), decode_mask(work.store.get(pair.label.key))
     shape, guide = (decode_mask(work.store.get(picture.key)) for picture in (pair.shape, pair.guide))

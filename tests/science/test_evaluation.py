@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -256,6 +260,38 @@ def test_pairs_that_show_a_case_held_aside_have_no_part_in_choosing_the_stop() -
     assert trials.stop_curve(shown, QUICK, 3, lambda *_: None, CPU) == trials.stop_curve(
         trials.Material(real), QUICK, 3, lambda *_: None, CPU
     )
+
+
+class Counted(Sequence[trials.Pair]):
+    """Pairs read when asked for, and how many were in memory at once."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.now, self.most = count, 0, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: Any) -> Any:
+        if place >= self.count:
+            raise IndexError
+        image, mask = disc(place)
+        self.now += 1
+        self.most = max(self.most, self.now)
+        weakref.finalize(mask, self._gone)
+        return image, mask
+
+    def _gone(self) -> None:
+        self.now -= 1
+
+
+def test_no_more_than_a_few_pairs_are_in_memory_at_their_full_size() -> None:
+    """The one in hand and the next: thousands of photographs would not fit."""
+    real, synthetic = Counted(9), Counted(12)
+    material = trials.Material(real, synthetic, [frozenset()] * 12)
+    trials.stop_curve(material, QUICK, 3, lambda *_: None, CPU)
+    trials.trained(material, QUICK, 2, 3, lambda *_: None, CPU)
+    assert 0 < real.most <= 2
+    assert 0 < synthetic.most <= 2
 
 
 # ----------------------------------------------------------------------------------------------------------- report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,11 +29,17 @@ class Pairs:
     masks: Tensor
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[Image, Mask]], size: int) -> Pairs:
-        """Images (H, W, C) uint8 and masks (H, W), each stretched to ``size``."""
-        images = torch.stack([_fitted(image, size) for image, _ in pairs])
-        masks = torch.stack([_fitted(255 * mask[..., None].astype(np.uint8), size)[:1] for _, mask in pairs])
+    def of(cls, pairs: Iterable[tuple[Image, Mask]], size: int) -> Pairs:
+        """Images (H, W, C) uint8 and masks (H, W), each stretched to ``size``; one is held at a time."""
+        found = [
+            (_fitted(image, size), _fitted(255 * mask[..., None].astype(np.uint8), size)[:1]) for image, mask in pairs
+        ]
+        images, masks = (torch.stack(field) for field in zip(*found, strict=True))
         return cls(images, (masks > 0.5).float())
+
+    def some(self, places: Sequence[int]) -> Pairs:
+        """Those at ``places``."""
+        return Pairs(self.images[list(places)], self.masks[list(places)])
 
 
 def _fitted(image: Image, size: int) -> Tensor:

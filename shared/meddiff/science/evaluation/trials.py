@@ -14,6 +14,7 @@ from meddiff.contracts.evaluation import Mixing
 from meddiff.contracts.recipes import Evaluation
 from meddiff.science.evaluation import figures, segmenters, splits, training
 from meddiff.science.evaluation.figures import Figures
+from meddiff.science.evaluation.training import Pairs
 from meddiff.science.geometry import Image, Mask
 from meddiff.seeds import derive
 
@@ -25,7 +26,8 @@ OnStep = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Material:
-    """What an arm's segmenters are trained on. ``made_from``: of each synthetic pair the places of the real ones that
+    """What an arm's segmenters are trained on. Pairs may be read as they are asked for: only small copies of them are
+    kept. ``made_from``: of each synthetic pair the places of the real ones that
     it shows (its donor, its background). ``patients``: of each real one whose it is; where empty, all differ."""
 
     real: Sequence[Pair]
@@ -47,14 +49,15 @@ def stop_curve(
     group_of = [patients.index(name) for name in patients] if several else range(len(material.real))
     parts = splits.folds(group_of, min(settings.inner_folds, len(set(group_of))), seed)
     dice: dict[int, list[float]] = defaultdict(list)
+    real, synthetic = _pairs(material, settings)
     for number, held in enumerate(parts):
-        inside = [pair for place, pair in enumerate(material.real) if place not in held]
-        apart = [not origin & set(held) for origin in material.made_from]
-        kept = [pair for pair, fit in zip(material.synthetic, apart, strict=True) if fit]
+        inside = real.some([place for place in range(len(material.real)) if place not in held])
+        made = zip(range(len(material.synthetic)), material.made_from, strict=True)
+        apart = [place for place, origin in made if not origin & set(held)]
+        kept = synthetic.some(apart) if synthetic is not None and apart else None
         told = _from(on_step, number * settings.steps, len(parts) * settings.steps)
-        apart_from = Material(inside, kept, mixing=material.mixing)
         seeded = derive(seed, "inner", number)
-        for steps, network in _fitted(apart_from, settings, settings.steps, seeded, told, device):
+        for steps, network in _fitted(inside, kept, material.mixing, settings, settings.steps, seeded, told, device):
             dice[steps] += [judge(network, settings, material.real[place]).dice for place in held]
     return {steps: float(np.mean(values)) for steps, values in dice.items()}
 
@@ -78,22 +81,29 @@ def trained(
     material: Material, settings: Evaluation, steps: int, seed: int, on_step: OnStep, device: torch.device
 ) -> nn.Module:
     """A segmenter trained for ``steps`` steps, its weights averaged, on ``device``."""
-    (*_, (_, network)) = _fitted(material, settings, steps, seed, _from(on_step, 0, steps), device)
+    real, synthetic = _pairs(material, settings)
+    told = _from(on_step, 0, steps)
+    (*_, (_, network)) = _fitted(real, synthetic, material.mixing, settings, steps, seed, told, device)
     return network
 
 
+def _pairs(material: Material, settings: Evaluation) -> tuple[Pairs, Pairs | None]:
+    synthetic = Pairs.of(material.synthetic, settings.size) if material.synthetic else None
+    return Pairs.of(material.real, settings.size), synthetic
+
+
 def _fitted(
-    material: Material,
+    real: Pairs,
+    synthetic: Pairs | None,
+    mixing: Mixing,
     settings: Evaluation,
     steps: int,
     seed: int,
     on_step: Callable[[int], None],
     device: torch.device,
 ) -> Iterator[tuple[int, nn.Module]]:
-    real = training.Pairs.of(material.real, settings.size)
-    synthetic = training.Pairs.of(material.synthetic, settings.size) if material.synthetic else None
     network = segmenters.build(settings.segmenter, derive(seed, "weights")).to(device)
-    return training.fit(network, real, synthetic, settings, steps, derive(seed, "batches"), material.mixing, on_step)
+    return training.fit(network, real, synthetic, settings, steps, derive(seed, "batches"), mixing, on_step)
 
 
 def judge(network: nn.Module, settings: Evaluation, pair: Pair) -> Figures:
