@@ -63,7 +63,14 @@ def test_masks_of_different_size_are_refused() -> None:
 
 
 def gained(*differences: np.ndarray) -> comparison.Gain:
-    return comparison.gain([comparison.Paired.of_single_cases(draw) for draw in differences])
+    """Of draws that test different cases, each of another patient."""
+    ends = np.cumsum([draw.shape[1] for draw in differences])
+    return comparison.gain(
+        [
+            comparison.Paired(draw, np.arange(end - draw.shape[1], end))
+            for draw, end in zip(differences, ends, strict=True)
+        ]
+    )
 
 
 def test_a_gain_that_every_case_shows_has_no_spread() -> None:
@@ -98,6 +105,22 @@ def test_the_cases_of_a_patient_count_as_one() -> None:
     alone = gained(patients)
     assert found.mean == pytest.approx(alone.mean)
     assert (found.low, found.high) == pytest.approx((alone.low, alone.high), abs=0.02)
+
+
+def test_a_case_that_several_draws_test_counts_once() -> None:
+    cases = np.random.default_rng(0).normal(0.3, 1, (1, 60))
+    often = comparison.gain([comparison.Paired(cases, np.arange(60)) for _ in range(4)])
+    alone = gained(cases)
+    assert (often.low, often.high) == pytest.approx((alone.low, alone.high), abs=0.02)
+    apart = gained(*(cases for _ in range(4)))
+    assert apart.high - apart.low == pytest.approx((alone.high - alone.low) / 2, rel=0.1)
+
+
+def test_no_draw_is_resampled_empty() -> None:
+    """Of thirty cases in five folds, six each."""
+    folds = [comparison.Paired(np.full((2, 2), 0.5), np.array([2 * n, 2 * n + 1])) for n in range(5)]
+    found = comparison.gain(folds)
+    assert (found.low, found.high) == pytest.approx((0.5, 0.5))
 
 
 def test_nothing_is_no_gain() -> None:

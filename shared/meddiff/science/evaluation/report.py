@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from meddiff.contracts.evaluation import REAL, Arm, ArmResult, CurvePoint, Interval, Row, SizeGain, Verdict
 from meddiff.science.evaluation.comparison import Gain, Paired, gain, holm, mean_of
@@ -65,15 +64,21 @@ def _result(
 def differences(arm: Sequence[Row], against: Sequence[Row]) -> list[Paired]:
     """Of each split, the Dice under one arm less that under the other, for the runs that both have."""
     ours, theirs = _by_run(arm), _by_run(against)
-    found: dict[int, list[list[float]]] = defaultdict(list)
-    group_of: dict[int, NDArray[np.int_]] = {}
+    values: dict[int, list[list[float]]] = defaultdict(list)
+    cases: dict[int, list[Row]] = {}
     for split, seed in sorted(ours.keys() & theirs.keys()):
         one, other = ({row.case: row for row in runs[split, seed]} for runs in (ours, theirs))
         if both := sorted(one.keys() & other.keys()):
-            found[split].append([one[case].dice - other[case].dice for case in both])
-            names = [case if one[case].group is None else str(one[case].group) for case in both]
-            group_of[split] = np.unique(names, return_inverse=True)[1]
-    return [Paired(np.array(runs), group_of[split]) for split, runs in found.items()]
+            values[split].append([one[case].dice - other[case].dice for case in both])
+            cases[split] = [one[case] for case in both]
+    numbers: dict[str | int, int] = {}
+    group_of = {
+        split: np.array(
+            [numbers.setdefault(row.case if row.group is None else row.group, len(numbers)) for row in rows]
+        )
+        for split, rows in cases.items()
+    }
+    return [Paired(np.array(runs), group_of[split]) for split, runs in values.items()]
 
 
 def seed_spread(rows: Sequence[Row]) -> float | None:
