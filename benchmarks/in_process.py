@@ -78,11 +78,10 @@ class Generator:
         if healthy and not retexture:
             grounds = _clear(healthy, len(cases))
         elif recipe.inpainting.background == "repair" and not retexture:
-            repaired = [
-                inpainting.repair(self.foundation, case.image, case.mask, recipe, derive("repair", n))
-                for n, case in enumerate(cases)
-            ]
+            seeded = [(case.image, case.mask, derive("repair", n)) for n, case in enumerate(cases)]
+            repaired = inpainting.repair(self.foundation, seeded, recipe)
             grounds = _clear(repaired, 0)
+        self._donors = [(one.case, float(one.mask.mean())) for one in self._pairs]
         self._grounds = [Ground("", one.case, False, one.mask) for one in grounds]
         self._images = {one.case.id: one.image for one in grounds}
         self._masks = mask_generator.build(recipe.mask_generation).to(DEVICE)
@@ -144,7 +143,7 @@ class Generator:
             shape = mask_generator.place(low, (ground.case.height, ground.case.width))
             old = ground.lesion if ground.lesion.any() else None
             guide = geometry.guide_of(shape, self.recipe.inpainting.guide_margin, old)
-            donor = int(choose_donor(shape, self._pairs, derive(one, "donor")).id)
+            donor = int(choose_donor(shape, self._donors, derive(one, "donor")).id)
             below, case = self._images[ground.case.id], self.cases[donor]
             start = inpainting.fit_lesion(below, shape, guide, case.image, case.mask, cover=ground.lesion)
             canvases.append(inpainting.Canvas(below, shape, guide, start, derive(one, "noise")))

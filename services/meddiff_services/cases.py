@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from meddiff.contracts.dataset import Case
@@ -54,6 +55,24 @@ def load(work: Job, dataset_id: str, case: Case) -> Loaded:
     """One case from the store."""
     image, mask = load_case(work.store, work.tenant, dataset_id, case)
     return Loaded(dataset_id, case, image, mask if mask is not None else np.zeros(image.shape[:2], np.bool_))
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stored(Sequence[T]):
+    """What is read from the store whenever it is asked for: thousands of large pictures fill no memory."""
+
+    work: Work
+    read: Sequence[Callable[[], T]]
+
+    def __len__(self) -> int:
+        return len(self.read)
+
+    def __getitem__(self, place: Any) -> Any:
+        self.work.raise_if_stopped()
+        return self.read[place]()
 
 
 def imported(work: Work) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 from meddiff.contracts.dataset import Case
 from meddiff.contracts.evaluation import Arm, Split
@@ -21,7 +19,7 @@ from meddiff.store.keys import JobKeys
 from meddiff.store.objects import ObjectStore
 
 from meddiff_services.candidates import Candidate, composite, ground_of
-from meddiff_services.cases import Loaded, OtherJob, load
+from meddiff_services.cases import Loaded, OtherJob, Stored, load
 from meddiff_services.pictures import decode_mask, decode_png
 from meddiff_services.worker import Work
 
@@ -32,10 +30,11 @@ def splits(work: Work) -> tuple[Split, ...]:
 
 
 def cases_by_digest(work: Work) -> dict[str, tuple[str, Case]]:
-    """Every pair that trains or tests, with the dataset it lies in."""
+    """Every pair that trains or tests, with the dataset it lies in; for a picture in both, that of the test cases, for
+    none that trains is among those."""
     output = work.marker("import", 0).output
     found: dict[str, tuple[str, Case]] = {}
-    for dataset_id in (output["test_dataset_id"], output["dataset_id"]):
+    for dataset_id in (output["dataset_id"], output["test_dataset_id"]):
         if dataset_id is not None:
             pairs = first_of_each_picture(load_dataset(work.store, work.tenant, dataset_id))
             found |= {digest: (dataset_id, case) for digest, case in pairs.items()}
@@ -46,21 +45,6 @@ def load_cases(work: Work, digests: Sequence[str]) -> Iterator[Loaded]:
     """Cases by the digests of their images, one in memory at a time."""
     known = cases_by_digest(work)
     return (load(work, *known[digest]) for digest in digests)
-
-
-@dataclass(frozen=True)
-class Stored(Sequence[trials.Pair]):
-    """Pairs that are read from the store whenever they are asked for: thousands of large ones fill no memory."""
-
-    work: Work
-    read: Sequence[Callable[[], trials.Pair]]
-
-    def __len__(self) -> int:
-        return len(self.read)
-
-    def __getitem__(self, place: Any) -> Any:
-        self.work.raise_if_stopped()
-        return self.read[place]()
 
 
 def material(work: Work, number: int, arm: Arm) -> Material:

@@ -13,7 +13,7 @@ from meddiff.contracts.base import sha256_hex
 from meddiff.contracts.jobs import End, FinetuneSpec, GenerateSpec, Spec
 from meddiff.contracts.manifest import Manifest
 from meddiff.planning.observe import read_spec
-from meddiff.store.keys import DatasetKeys, JobKeys, ModelKeys, job_of_newest, newest_root, tenant_root
+from meddiff.store.keys import DatasetKeys, JobKeys, ModelKeys, active, job_of_newest, newest_root, tenant_root
 from meddiff.store.objects import NotFound, ObjectStore
 
 GRACE = timedelta(hours=1)
@@ -63,8 +63,12 @@ def fsck(store: ObjectStore, now: datetime, verified: Verified) -> Iterator[Find
 
 
 def tidy(store: ObjectStore, now: datetime) -> int:
-    """Removes every orphan and returns how many there were. Running it twice, or beside jobs that go on, does no
-    harm."""
+    """Removes every orphan and returns how many there were; and a job whose request was cut off before it was made
+    active is so now. Running it twice, or beside jobs that go on, does no harm."""
+    for tenant in store.children("t/"):
+        for spec in _specs(store, tenant):
+            if not store.exists(JobKeys(tenant, spec.id).end) and not store.exists(active(tenant, spec.id)):
+                store.put(active(tenant, spec.id), b"")  # One that has ended meanwhile the sweep drops again.
     doomed = [finding.key for finding in orphans(store, now)]
     store.delete(doomed)
     return len(doomed)

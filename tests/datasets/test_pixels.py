@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -198,3 +199,15 @@ def test_what_is_stored_reads_back_and_equal_pixels_give_equal_bytes() -> None:
     assert encode_png(pixels) == encode_png(pixels.copy(order="F"))
     np.testing.assert_array_equal(decode_image(encode_png(pixels)).pixels, pixels)
     np.testing.assert_array_equal(decode_mask(encode_mask(INSIDE)), INSIDE)
+
+
+def test_a_photographs_mask_needs_little_memory() -> None:
+    """Some bytes a pixel: a gateway has a gigabyte, and a mask may have 64 megapixels."""
+    drawn = np.zeros((3000, 4000), np.uint8)
+    drawn[1000:2000, 1000:2000] = 200
+    data = encoded(Image.fromarray(drawn))
+    tracemalloc.start()
+    assert decode_mask(data).sum() == 1_000_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * drawn.size

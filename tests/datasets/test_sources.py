@@ -4,7 +4,10 @@ import os
 import stat
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from dataset_files import TENANT, pairs, write_folder, write_zip
@@ -60,6 +63,8 @@ def test_folder_archive_and_prefix_hold_the_same(
         "ds_12",
         "file:///a%00b",
         "gs://b/x",
+        "s3://hospital/skin/./pairs.zip",
+        "s3://hospital/../x",
     ],
 )
 def test_a_uri_of_no_known_form_is_invalid(uri: str, settings: Settings, store: ObjectStore) -> None:
@@ -119,6 +124,40 @@ def test_what_is_not_there_is_unreachable(uri: str, settings: Settings, store: O
 
 def test_a_missing_folder_is_unreachable(settings: Settings, store: ObjectStore, tmp_path: Path) -> None:
     assert refusal((tmp_path / "none").as_uri(), settings, store)[0] == "source-unreachable"
+
+
+def test_a_name_too_long_for_any_folder_is_unreachable(settings: Settings, store: ObjectStore, tmp_path: Path) -> None:
+    assert refusal((tmp_path / ("x" * 300)).as_uri(), settings, store)[0] == "source-unreachable"
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As a user to whom permissions apply."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_what_may_not_be_read_is_named_and_never_left_out(settings: Settings, store: ObjectStore) -> None:
+    """A dataset without one of its folders would be another dataset."""
+    with TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        root = Path(name)
+        root.chmod(0o755)
+        (root / "skin" / "malignant").mkdir(parents=True)
+        (root / "skin" / "a.png").write_bytes(b"x")
+        (root / "skin.zip").write_bytes(b"x")
+        (root / "skin" / "malignant").chmod(0)
+        (root / "skin.zip").chmod(0)
+        named = settings.model_copy(update={"file_roots": {TENANT: (root,)}})
+        with unprivileged():
+            folder, archive = (refusal((root / one).as_uri(), named, store) for one in ("skin", "skin.zip"))
+        (root / "skin" / "malignant").chmod(0o755)
+    assert folder[0] == archive[0] == "source-unreachable"
+    assert "malignant" in folder[1]
 
 
 def test_a_store_that_does_not_answer_is_no_fault_of_the_dataset(settings: Settings) -> None:

@@ -6,7 +6,9 @@ from datetime import UTC, datetime
 
 import httpx
 from gateways import Gateway
+from meddiff.contracts.ids import uuid7
 from meddiff.contracts.jobs import End
+from meddiff.planning.dispatch import submit
 from meddiff.store.keys import DatasetKeys, JobKeys, ModelKeys, model_name
 from stored import Generated, put_dataset, put_generated, put_model
 
@@ -79,6 +81,26 @@ def test_a_dataset_brought_from_elsewhere_is_known_by_the_import(gateway: Gatewa
     body = {"model": card.id, "count": 1, "masks": masks.id}
     job = gateway.http.post("/generate", json=body).json()["id"]
     assert holders(gateway.http.delete(f"/datasets/{masks.id}")) == {f"/jobs/{job}"}
+
+
+def test_an_evaluation_holds_what_lies_behind_its_pairs(gateway: Gateway) -> None:
+    """Its report shows pairs painted on another dataset's pictures; while it runs, they are what it works on."""
+    made = only(gateway)
+    grounds = put_dataset(gateway.store, gateway.tenant, level=120)
+    request = made.spec.request.model_copy(update={"backgrounds": grounds.id})
+    painted = made.spec.model_copy(update={"id": uuid7(), "request": request})
+    keys = JobKeys(gateway.tenant, painted.id)
+    submit(gateway.store, painted)
+    gateway.store.put_json(keys.manifest, made.manifest)
+    ended(gateway, painted.id)
+    body = {"dataset_uri": made.spec.dataset_id, "synthetic_job": painted.id}
+    evaluation = gateway.http.post("/evaluate", json=body).json()["id"]
+    everything = {"derived": True}
+    assert holders(gateway.http.delete(f"/datasets/{grounds.id}", params=everything)) == {f"/jobs/{evaluation}"}
+    ended(gateway, evaluation)
+    gateway.store.put(JobKeys(gateway.tenant, evaluation).report("html"), b"x")
+    assert gateway.http.delete(f"/datasets/{grounds.id}", params=everything).status_code == 204
+    assert gateway.http.get(f"/jobs/{evaluation}/report").status_code == 410
 
 
 def test_a_model_goes_with_its_name_unless_another_bears_it(gateway: Gateway) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,23 @@ def test_without_a_store_there_is_no_readiness_and_no_trace(gateway: Gateway, tm
             response = other.http.get(path)
             assert (response.status_code, response.json()["type"]) == (503, "urn:meddiff:problem:unavailable")
             assert set(response.json()) == PROBLEM_FIELDS
+
+
+def test_a_store_that_hangs_does_not_make_the_gateway_look_dead(gateway: Gateway, tmp_path: Path) -> None:
+    """More requests wait for it than there are threads; each gets its answer soon, and none of them is in the way of
+    the probe that would have the gateway restarted."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        settings = gateway.settings.model_copy(update={"s3_endpoint": f"127.0.0.1:{silent.getsockname()[1]}"})
+        with started(settings, tmp_path) as other, ThreadPoolExecutor(42) as pool:
+            waiting = [pool.submit(httpx.get, f"{other.url}/models", timeout=60) for _ in range(42)]
+            silent.settimeout(20)
+            for _ in range(10):  # Until the store has been asked by many at once.
+                silent.accept()
+            begun = time.monotonic()
+            assert other.http.get("/healthz", timeout=60).status_code == 200
+            assert not any(one.done() for one in waiting)
+            assert [one.result().status_code for one in waiting] == [503] * 42
+            assert time.monotonic() - begun < 60
 
 
 def test_metrics_count_requests_by_route(gateway: Gateway) -> None:

@@ -127,8 +127,10 @@ def test_a_stop_keeps_what_is_finished(f: Foundation) -> None:
 
 def test_repair_paints_the_lesion_and_nothing_else(f: Foundation) -> None:
     image, lesion = noise((80, 120), 3), disc((80, 120), (40, 50), 14)
+    other = (noise((60, 60), 1), disc((60, 60), (30, 30), 9), 4)
     for recipe in (SMALL, override(SMALL, {"finetuning": {"separate_repair": True}})):
-        repaired = repair(f, image, lesion, recipe, 3)
+        repaired, beside = repair(f, [(image, lesion, 3), other], recipe)
+        assert (beside == repair(f, [other], recipe)[0]).all()
         guide = geometry.guide_of(lesion, recipe.inpainting.guide_margin)
         assert (repaired[~guide] == image[~guide]).all()
         assert (repaired[lesion] != image[lesion]).any()

@@ -9,9 +9,12 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from hub import serving
+from meddiff.administration import mirrored
 from meddiff.cli import app
 from meddiff.settings import Settings
 from meddiff.store.objects import ObjectStore
+from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 from typer.testing import CliRunner
 
@@ -62,6 +65,55 @@ def test_mirrored_models_are_loaded_offline(environment: dict[str, str], tmp_pat
         check=True,
     )
     assert len(loaded.stdout.split()[0]) == 64
+
+
+HUB_LOADS = """
+import torch
+from meddiff.science import foundation
+
+loaded = foundation.load("somebody/inpainting", torch.float32, torch.device("cpu"))
+print(loaded.unet.dtype, sum(float(p.abs().sum()) for p in loaded.unet.parameters()) > 0)
+"""
+
+
+def test_a_part_that_the_hub_has_in_half_precision_alone_is_taken_so(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """As Stable Diffusion 1.5 inpainting's U-Net is there; and one file of the whole beside it is left."""
+    write_checkpoint(tmp_path)
+    repository = tmp_path / "checkpoint"
+    whole = repository / "unet" / "diffusion_pytorch_model.safetensors"
+    halves = {name: tensor.half() for name, tensor in load_file(whole).items()}
+    save_file(halves, whole.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    whole.unlink()
+    (repository / "everything.safetensors").write_bytes(b"x")
+    bucket = f"models-{uuid4().hex}"
+    mirror = [sys.executable, "-m", "meddiff.cli", "admin", "mirror", "somebody/inpainting", f"s3://{bucket}/sd"]
+    with serving({"somebody/inpainting": repository}) as address:
+        online = os.environ | environment | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
+        for name, command in (("loaded", [sys.executable, "-c", HUB_LOADS]), ("mirrored", mirror)):
+            hub_home = {"HF_HOME": str(tmp_path / name)}
+            done = subprocess.run(command, env=online | hub_home, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert {"loaded": "torch.float32 True", "mirrored": "diffusion_pytorch_model.fp16"}[name] in done.stdout
+    assert "everything" not in done.stdout
+
+
+def test_of_a_part_in_both_precisions_the_full_one_is_mirrored() -> None:
+    there = [
+        "model_index.json",
+        "unet/a.safetensors",
+        "unet/a.fp16.safetensors",
+        "vae/b.fp16.safetensors",
+        "sd.safetensors",
+    ]
+    others = ["unet/a.bin", "safety_checker/c.safetensors", "unet/a.non_ema.safetensors"]
+    kept = ["model_index.json", "unet/a.safetensors", "vae/b.fp16.safetensors"]
+    assert mirrored([Path(name) for name in there + others]) == [Path(name) for name in kept]
+    assert mirrored([Path("config.json"), Path("model.safetensors")]) == [
+        Path("config.json"),
+        Path("model.safetensors"),
+    ]
 
 
 @pytest.mark.parametrize(

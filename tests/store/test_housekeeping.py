@@ -12,8 +12,8 @@ from meddiff.contracts.ids import uuid7
 from meddiff.contracts.jobs import End, EndStatus, FinetuneSpec
 from meddiff.contracts.requests import FinetuneRequest
 from meddiff.housekeeping import Verified, fsck, orphans, tidy
-from meddiff.planning.dispatch import submit
-from meddiff.store.keys import DatasetKeys, JobKeys, ModelKeys, idempotency, model_name
+from meddiff.planning.dispatch import active_jobs, submit
+from meddiff.store.keys import DatasetKeys, JobKeys, ModelKeys, active, idempotency, model_name
 from meddiff.store.objects import ObjectStore
 
 sys.path.append(str(Path(__file__).parents[1] / "gateway"))
@@ -113,6 +113,14 @@ def test_what_was_never_finished_goes_after_a_while(store: ObjectStore) -> None:
     store.put(pointer, b'{"model_id": "md_0"}')
     assert found(store) == {"orphan": {pointer}}
     assert found(store, LATER) == {"orphan": {pointer, half.image("00000"), jobless.candidate(0, "image")}}
+
+
+def test_a_job_whose_request_was_cut_off_is_planned_after_all(
+    store: ObjectStore, made: Generated, trained: FinetuneSpec
+) -> None:
+    store.delete([active("local", trained.id)])
+    tidy(store, datetime.now(UTC))
+    assert active_jobs(store) == [("local", trained.id)]
 
 
 def test_old_idempotency_keys_go(store: ObjectStore) -> None:

@@ -18,8 +18,8 @@ class Health(Contract):
 
 
 @router.get("/healthz")
-def get_health() -> Health:
-    """The process answers."""
+async def get_health() -> Health:
+    """The process answers, however many requests wait for the store."""
     return Health()
 
 

@@ -3,15 +3,17 @@ serves it, if it has a public address."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi.responses import RedirectResponse
 from meddiff.contracts.base import sha256_hex
 from meddiff.contracts.evaluation import Report
 from meddiff.contracts.jobs import End, GenerateSpec, Preview, PreviewList, Spec
-from meddiff.contracts.manifest import Manifest, Pair
+from meddiff.contracts.manifest import Manifest
 from meddiff.contracts.problems import ProblemError
 from meddiff.importing import load_dataset
 from meddiff.store.keys import DatasetKeys, JobKeys, ModelKeys
@@ -36,10 +38,10 @@ _PICTURE: dict[str, Any] = {
 }
 
 
-@router.get("/jobs/{job_id}/manifest", responses=documented("not-found", "not-ready", "gone"))
-def get_manifest(job_id: str, here: Here) -> Manifest:
+@router.get("/jobs/{job_id}/manifest", response_model=Manifest, responses=documented("not-found", "not-ready", "gone"))
+def get_manifest(job_id: str, here: Here) -> Response:
     """Every synthetic pair of a generate job, where it came from, and what was turned away."""
-    return _manifest(here, job_id)
+    return Response(here.store.get(_manifest(here, job_id)), media_type="application/json")
 
 
 @router.get(
@@ -77,15 +79,15 @@ def get_contact_sheet(job_id: str, here: Here) -> Response:
 @router.get("/jobs/{job_id}/pairs/{index}/background", **_PICTURE)
 def get_background(job_id: str, index: int, here: Here) -> Response:
     """The picture behind a pair, found by the digest that the manifest names."""
-    pair = _pair(here, job_id, index)
+    sha256, repaired = _pair(here, job_id, index).background
     spec = find_spec(here, job_id)
     assert isinstance(spec, GenerateSpec)
     dataset_id = spec.request.backgrounds or spec.dataset_id
     dataset = load_dataset(here.store, here.tenant, dataset_id)
-    case = next((case for case in dataset.cases if case.image_sha256 == pair.background.sha256), None)
+    case = next((case for case in dataset.cases if case.image_sha256 == sha256), None)
     if case is None:
         raise ProblemError("not-found", "The background's case is no longer there")
-    if pair.background.repaired:
+    if repaired:
         return _picture(here, ModelKeys(here.tenant, spec.model_id).background(case.id))
     return _picture(here, DatasetKeys(here.tenant, dataset_id).image(case.id))
 
@@ -93,7 +95,7 @@ def get_background(job_id: str, index: int, here: Here) -> Response:
 @router.get("/jobs/{job_id}/pairs/{index}/{what}", **_PICTURE)
 def get_picture(job_id: str, index: int, what: Literal["image", "label", "shape", "guide"], here: Here) -> Response:
     """A picture of an accepted pair."""
-    return _picture(here, getattr(_pair(here, job_id, index), what).key)
+    return _picture(here, _pair(here, job_id, index).keys[what])
 
 
 @router.get("/jobs/{job_id}/previews", responses=documented("not-found"))
@@ -113,12 +115,13 @@ def get_preview(job_id: str, name: Annotated[str, Path(pattern=r"^\d{6}\.[a-z_]+
     return _picture(here, JobKeys(here.tenant, job_id).preview(int(number), what))
 
 
-def _manifest(here: Backends, job_id: str) -> Manifest:
+def _manifest(here: Backends, job_id: str) -> str:
+    """The key of a job's manifest, which is there."""
     spec = find_spec(here, job_id)
     key = JobKeys(here.tenant, job_id).manifest
     if not here.store.exists(key):
         raise _missing(here, spec, "manifest")
-    return _stored_manifest(here.store, key)
+    return key
 
 
 def _missing(here: Backends, spec: Spec, what: str) -> ProblemError:
@@ -133,17 +136,31 @@ def _missing(here: Backends, spec: Spec, what: str) -> ProblemError:
     return ProblemError("not-ready", f"The job has no {what}")
 
 
+class _Pair(NamedTuple):
+    """Where a pair's pictures lie, and the digest of the picture behind it and whether that one is repaired."""
+
+    keys: Mapping[str, str]
+    background: tuple[str, bool]
+
+
 @lru_cache(maxsize=16)
-def _stored_manifest(store: ObjectStore, key: str) -> Manifest:
-    """A manifest never changes once it is written, and a pull asks for it with every picture."""
-    return store.get_json(key, Manifest)
+def _stored_pairs(store: ObjectStore, key: str) -> Mapping[int, _Pair]:
+    """By index. A manifest never changes once it is written, and a pull asks for it with every picture; all that it
+    says of a pair is ten times as much."""
+    return {
+        pair.index: _Pair(
+            {"image": pair.image.key, "label": pair.label.key, "shape": pair.shape.key, "guide": pair.guide.key},
+            (sys.intern(pair.background.sha256), pair.background.repaired),
+        )
+        for pair in store.get_json(key, Manifest).pairs
+    }
 
 
-def _pair(here: Backends, job_id: str, index: int) -> Pair:
-    for pair in _manifest(here, job_id).pairs:
-        if pair.index == index:
-            return pair
-    raise ProblemError("not-found", "The manifest has no pair of that index")
+def _pair(here: Backends, job_id: str, index: int) -> _Pair:
+    pairs = _stored_pairs(here.store, _manifest(here, job_id))
+    if index not in pairs:
+        raise ProblemError("not-found", "The manifest has no pair of that index")
+    return pairs[index]
 
 
 def _picture(here: Backends, key: str) -> Response:

@@ -60,11 +60,13 @@ def backgrounds(work: Work) -> Outcome:
     model = load_foundation(recipe.foundation, work.settings, work.store)
     model.unet.load_state_dict(_averaged(work))
     keys = ModelKeys(work.tenant, work.spec.model_id)
-    for n, case in enumerate(cases):
-        pair = load(work, dataset_id, case)
-        image = inpainting.repair(model, pair.image, pair.mask, recipe, derive("repair", case.image_sha256))
-        work.store.put(keys.background(case.id), encode_png(image), "image/png")
-        work.progress(n + 1, len(cases), "backgrounds")
+    at_once = recipe.inpainting.batch_size
+    for first in range(0, len(cases), at_once):
+        some = [load(work, dataset_id, case) for case in cases[first : first + at_once]]
+        seeded = [(one.image, one.mask, derive("repair", one.case.image_sha256)) for one in some]
+        for one, image in zip(some, inpainting.repair(model, seeded, recipe), strict=True):
+            work.store.put(keys.background(one.case.id), encode_png(image), "image/png")
+        work.progress(first + len(some), len(cases), "backgrounds")
         work.raise_if_stopped()
     return Outcome(units=len(cases), output={})
 

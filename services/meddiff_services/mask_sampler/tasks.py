@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,18 +16,20 @@ from meddiff.seeds import derive
 from meddiff.store.keys import ModelKeys
 
 from meddiff_services.candidates import Candidate, shard_indices
-from meddiff_services.cases import Loaded, load, training_cases
+from meddiff_services.cases import load, training_cases
 from meddiff_services.loading import device, fetch_folder
 from meddiff_services.pictures import Mask
 from meddiff_services.worker import Outcome, Work
 
+COARSE = (64, 64)
+"""Where an old lesion lies, in the frame of the whole image: fine enough to choose a background by."""
 COVERING = 5
 """Among how many backgrounds whose old lesion a shape covers best one is drawn."""
 
 
 @dataclass(frozen=True)
 class Ground:
-    """A possible background: its case and the lesion on it that the guide has to cover (H, W), maybe none."""
+    """A possible background: its case, and where a lesion lies on it that has to be covered (``COARSE``), if any."""
 
     dataset_id: str
     case: Case
@@ -39,16 +41,18 @@ def masks(work: Work) -> Outcome:
     """Shapes and guides of a shard, and the background and donor of each."""
     torch.set_num_threads(work.spec.recipe.work.inference_threads)
     recipe = work.spec.recipe
-    pairs = [load(work, work.spec.dataset_id, case) for case in training_cases(work, work.spec.dataset_id)]
-    grounds = _grounds(work, pairs)
+    cases = training_cases(work, work.spec.dataset_id)
+    real = {case.image_sha256: load(work, work.spec.dataset_id, case).mask for case in cases}
+    donors = [(case, float(real[case.image_sha256].mean())) for case in cases]
+    grounds = _grounds(work, real)
     indices = shard_indices(work)
     seeds = [derive(work.spec.request.seed, "candidate", index) for index in indices]
-    shapes = _shapes(work, [p.mask for p in pairs], seeds)
+    shapes = _shapes(work, list(real.values()), seeds)
     candidates = []
     for index, seed, low in zip(indices, seeds, shapes, strict=True):
         ground = choose_ground(low, grounds, derive(seed, "background"))
         shape = mask_generator.place(low, (ground.case.height, ground.case.width))
-        guide = geometry.guide_of(shape, recipe.inpainting.guide_margin, ground.lesion if ground.lesion.any() else None)
+        guide = geometry.guide_of(shape, recipe.inpainting.guide_margin, _to_cover(work, ground, real))
         work.store.put(work.keys.candidate(index, "shape"), encode_mask(shape), "image/png")
         work.store.put(work.keys.candidate(index, "guide"), encode_mask(guide), "image/png")
         candidates.append(
@@ -58,7 +62,7 @@ def masks(work: Work) -> Outcome:
                 dataset_id=ground.dataset_id,
                 background=ground.case,
                 repaired=ground.repaired,
-                donor=choose_donor(shape, pairs, derive(seed, "donor")),
+                donor=choose_donor(shape, donors, derive(seed, "donor")),
                 window=geometry.window_around(guide, recipe.inpainting.context),
             )
         )
@@ -82,17 +86,29 @@ def _shapes(work: Work, real: Sequence[Mask], seeds: Sequence[int]) -> list[Mask
     return mask_generator.sample(unet, work.spec.recipe, [derive(seed, "shape") for seed in seeds], real)
 
 
-def _grounds(work: Work, pairs: Sequence[Loaded]) -> list[Ground]:
-    """Backgrounds to choose from: real lesion-free images first; else repaired ones, or the pairs to be covered."""
+def _grounds(work: Work, real: Mapping[str, Mask]) -> list[Ground]:
+    """Backgrounds to choose from: real lesion-free images first; else repaired ones, or the pairs to be covered. One
+    mask is in memory at a time beside the ``real`` ones, which go by the digest of their image."""
     dataset_id = work.spec.request.backgrounds or work.spec.dataset_id
     dataset = load_dataset(work.store, work.tenant, dataset_id)
+    nothing = np.zeros(COARSE, np.bool_)
     if dataset.backgrounds:
-        return [Ground(dataset_id, c, False, np.zeros((c.height, c.width), np.bool_)) for c in dataset.backgrounds]
+        return [Ground(dataset_id, case, False, nothing) for case in dataset.backgrounds]
     if work.spec.request.backgrounds is not None:
-        pairs = [load(work, dataset_id, case) for case in dataset.pairs]
-    elif work.spec.recipe.inpainting.background == "repair":
-        return [Ground(dataset_id, p.case, True, np.zeros_like(p.mask)) for p in pairs]
-    return [Ground(dataset_id, p.case, False, p.mask) for p in pairs]
+        covered = ((case, load(work, dataset_id, case).mask) for case in dataset.pairs)
+        return [Ground(dataset_id, case, False, geometry.resize_mask(mask, COARSE)) for case, mask in covered]
+    cases = training_cases(work, dataset_id)
+    if work.spec.recipe.inpainting.background == "repair":
+        return [Ground(dataset_id, case, True, nothing) for case in cases]
+    return [Ground(dataset_id, c, False, geometry.resize_mask(real[c.image_sha256], COARSE)) for c in cases]
+
+
+def _to_cover(work: Work, ground: Ground, real: Mapping[str, Mask]) -> Mask | None:
+    """The lesion (H, W) that a background shows."""
+    if ground.repaired or ground.case.mask_sha256 is None:
+        return None
+    mask = real.get(ground.case.image_sha256)
+    return load(work, ground.dataset_id, ground.case).mask if mask is None else mask
 
 
 def choose_ground(low: Mask, grounds: Sequence[Ground], seed: int) -> Ground:
@@ -100,11 +116,10 @@ def choose_ground(low: Mask, grounds: Sequence[Ground], seed: int) -> Ground:
 
     ``low``: shape (h, w) in the frame of the whole image, whatever its size. Lesion-free backgrounds are all alike.
     """
-    size = 64
-    shape = geometry.resize_mask(low, (size, size))
+    shape = geometry.resize_mask(low, COARSE)
 
     def uncovered(ground: Ground) -> float:
-        lesion = geometry.resize_mask(ground.lesion, (size, size))
+        lesion = geometry.resize_mask(ground.lesion, COARSE)
         return float((lesion & ~shape).sum()) / max(1.0, float(shape.sum()))
 
     if not any(ground.lesion.any() for ground in grounds):
@@ -113,15 +128,16 @@ def choose_ground(low: Mask, grounds: Sequence[Ground], seed: int) -> Ground:
     return best[seed % len(best)]
 
 
-def choose_donor(shape: Mask, pairs: Sequence[Loaded], seed: int) -> Case:
-    """A real case whose lesion is stretched least by the shape: one of the half that is nearest in relative area."""
+def choose_donor(shape: Mask, donors: Sequence[tuple[Case, float]], seed: int) -> Case:
+    """A real case whose lesion is stretched least by the shape: one of the half that is nearest in relative area.
+    ``donors``: cases, and the share of each that its lesion covers."""
     area = shape.mean()
 
-    def stretch(pair: Loaded) -> float:
-        return abs(float(np.log((pair.mask.mean() + 1e-6) / (area + 1e-6))))
+    def stretch(donor: tuple[Case, float]) -> float:
+        return abs(float(np.log((donor[1] + 1e-6) / (area + 1e-6))))
 
-    nearest = sorted(pairs, key=lambda p: (stretch(p), p.case.id))[: max(1, len(pairs) // 2)]
-    return nearest[seed % len(nearest)].case
+    nearest = sorted(donors, key=lambda d: (stretch(d), d[0].id))[: max(1, len(donors) // 2)]
+    return nearest[seed % len(nearest)][0]
 
 
 STAGES: dict[Stage, Callable[[Work], Outcome]] = {"masks": masks}

@@ -6,11 +6,13 @@ import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from meddiff import __version__, metrics
+from meddiff.contracts.dataset import Case
 from meddiff.contracts.manifest import Component
 from meddiff.contracts.models import ModelCard
 from meddiff.contracts.tasks import Marker, Stage
@@ -23,7 +25,7 @@ from meddiff.store.keys import ModelKeys, model_name
 from meddiff.store.objects import NotFound
 from safetensors.torch import load_file, save_file
 
-from meddiff_services.cases import finetuning_recipe, imported, load, training_cases
+from meddiff_services.cases import Stored, finetuning_recipe, imported, load, training_cases
 from meddiff_services.loading import device, fingerprint, load_encoder, load_foundation
 from meddiff_services.pictures import Pixels, sheet
 from meddiff_services.trainer.segmenting import segmenter, stop
@@ -39,7 +41,7 @@ def cache(work: Work) -> Outcome:
     dataset_id = imported(work)
     pairs = [load(work, dataset_id, case) for case in training_cases(work, dataset_id)]
     dataset = load_dataset(work.store, work.tenant, dataset_id)
-    backgrounds = [load(work, dataset_id, case).image for case in dataset.backgrounds]
+    backgrounds = Stored(work, [partial(_image, work, dataset_id, case) for case in dataset.backgrounds])
     recipe = finetuning_recipe(work)
     begun = time.monotonic()
     tensors = finetune.build_cache(
@@ -56,6 +58,10 @@ def cache(work: Work) -> Outcome:
     _save(tensors, path)
     work.store.upload_file(work.keys.cache, path)
     return Outcome(units=len(pairs), output={})
+
+
+def _image(work: Work, dataset_id: str, case: Case) -> Pixels:
+    return load(work, dataset_id, case).image
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:

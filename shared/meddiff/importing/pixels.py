@@ -98,18 +98,22 @@ def decode_mask(data: bytes) -> Mask:
     lossy = opened.format == "JPEG"
     image, _ = _load(opened)
     if image.mode in _DEEP_GREY:
-        values = np.asarray(image).astype(np.int32)
+        values: NDArray[np.integer[Any]] = np.asarray(image).astype(np.int32)
     else:
         image, _ = _without_alpha(image)
-        plain = np.asarray(image.convert("L")) if image.mode in ("1", "L") else _one_channel(image, lossy)
-        values = plain.astype(np.int32)
+        values = np.asarray(image.convert("L")) if image.mode in ("1", "L") else _one_channel(image, lossy)
     brightest = int(values.max())
     if brightest <= 0:
         return np.zeros(values.shape, np.bool_)
-    _refuse_grey_areas(
-        np.clip(values * (255.0 / brightest), 0, 255).astype(np.uint8), tolerance=0.10 if lossy else 0.02
-    )
+    _refuse_grey_areas(_brightened(values, brightest), tolerance=0.10 if lossy else 0.02)
     return np.asarray(values > brightest / 2)
+
+
+def _brightened(values: NDArray[np.integer[Any]], brightest: int) -> Pixels:
+    """Values up to ``brightest`` as 0 to 255; of 8-bit ones by a table, for a photograph's mask has many."""
+    levels = np.arange(256) if values.dtype == np.uint8 else values
+    scaled = np.clip(levels * (255.0 / brightest), 0, 255).astype(np.uint8)
+    return np.asarray(scaled[values]) if values.dtype == np.uint8 else scaled
 
 
 def merge(masks: list[Mask]) -> Mask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
@@ -72,7 +73,8 @@ class Folder(Source):
         self._folder, self._root = folder, root.resolve()
         files: list[str] = []
         faults: list[Fault] = []
-        for parent, folders, names in os.walk(folder):
+        closed: list[OSError] = []
+        for parent, folders, names in os.walk(folder, onerror=closed.append):
             for name in folders + names:
                 path = Path(parent, name)
                 relative = path.relative_to(folder).as_posix()
@@ -82,6 +84,11 @@ class Folder(Source):
                     faults.append(Fault(pointer=relative, detail="a link to a folder"))
                 elif name in names:
                     files.append(relative)
+        if closed:
+            unread = [
+                Fault(pointer=_below(folder, error), detail=f"cannot be read: {error.strerror}") for error in closed
+            ]
+            raise ProblemError("source-unreachable", "folders that cannot be read", sorted_faults(unread))
         if faults:
             raise ProblemError(
                 "source-refused", "links in the folder lead where nothing may be read", sorted_faults(faults)
@@ -194,19 +201,23 @@ def open_source(uri: str, settings: Settings, store: ObjectStore, tenant: str) -
                 yield archive
         else:
             yield Objects(bucket, place.key.rstrip("/") + "/" if place.key.strip("/") else "")
-    elif place.is_file():
-        with open_archive(place) as archive:
-            yield archive
-    elif place.is_dir():
+    elif _is_folder(place):
         yield Folder(place, _root_of(place, settings.file_roots.get(tenant, ())))
     else:
-        raise ProblemError("source-unreachable", "there is no such folder or archive", [_uri_fault("does not exist")])
+        with open_archive(place) as archive:
+            yield archive
 
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[Source]:
-    """The ZIP archive at ``path`` (an upload, say), open for reading. Raises ``ProblemError`` ``invalid-dataset``."""
-    with path.open("rb") as file:
+    """The ZIP archive at ``path`` (an upload, say), open for reading. Raises ``ProblemError`` ``invalid-dataset``, and
+    ``source-unreachable`` where it may not be read."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        detail = f"cannot be read: {error.strerror}"
+        raise ProblemError("source-unreachable", "the archive cannot be read", [_uri_fault(detail)]) from None
+    with file:
         yield Archive(file)
 
 
@@ -219,6 +230,8 @@ def _locate_objects(rest: str, settings: Settings, tenant: str) -> BucketPath:
     bucket, _, key = rest.partition("/")
     if not bucket:
         raise _invalid("no bucket is named")
+    if {".", ".."} & set(key.split("/")):
+        raise _invalid("a key has no . and no .. in it")
     if bucket == settings.s3_bucket:
         raise ProblemError("source-refused", "the service's own bucket is not a source", [_uri_fault("own bucket")])
     if not any(_lies_in(f"{bucket}/{key}", source) for source in settings.s3_sources.get(tenant, ())):
@@ -248,6 +261,25 @@ def _root_of(folder: Path, roots: Sequence[Path]) -> Path:
             return root
     detail = "the operator has not named a root that holds this folder"
     raise ProblemError("source-refused", detail, [_uri_fault(detail)])
+
+
+def _is_folder(place: Path) -> bool:
+    """Else it is a file. Raises ``ProblemError`` for what is neither, or is not there."""
+    try:
+        mode = place.stat().st_mode
+    except OSError as error:
+        mode, detail = 0, f"cannot be read: {error.strerror}"
+        if error.errno == errno.ENOENT:
+            detail = "does not exist"
+    else:
+        detail = "neither a folder nor a file"
+    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+        raise ProblemError("source-unreachable", "there is no such folder or archive", [_uri_fault(detail)])
+    return stat.S_ISDIR(mode)
+
+
+def _below(folder: Path, error: OSError) -> str:
+    return Path(str(error.filename)).relative_to(folder).as_posix()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -47,7 +47,8 @@ def remove_dataset(store: ObjectStore, tenant: str, dataset_id: DatasetId, *, de
 
 def remove_model(store: ObjectStore, tenant: str, card: ModelCard, *, derived: bool) -> None:
     """Removes a model, and with ``derived`` the pairs made with it. Raises as ``remove_dataset`` does."""
-    made = Derived((), tuple(spec for spec in specs(store, tenant) if _uses_model(spec, card.id)))
+    jobs = tuple(specs(store, tenant))
+    made = Derived((), _with_evaluations([spec for spec in jobs if _uses_model(spec, card.id)], jobs))
     _release(store, tenant, made, "model", derived=derived)
     for job in made.jobs:
         clear_job(store, tenant, job.id)
@@ -76,12 +77,23 @@ def cards(store: ObjectStore, tenant: str) -> Iterator[ModelCard]:
 def _from_dataset(store: ObjectStore, tenant: str, dataset_id: DatasetId) -> Derived:
     models = tuple(card for card in cards(store, tenant) if card.dataset_id == dataset_id)
     of_models = {card.id for card in models}
-    jobs = tuple(
+    jobs = tuple(specs(store, tenant))
+    using = [
         spec
-        for spec in specs(store, tenant)
+        for spec in jobs
         if dataset_id in _datasets(store, spec) or any(_uses_model(spec, model_id) for model_id in of_models)
-    )
-    return Derived(models, jobs)
+    ]
+    return Derived(models, _with_evaluations(using, jobs))
+
+
+def _with_evaluations(using: Sequence[Spec], jobs: Sequence[Spec]) -> tuple[Spec, ...]:
+    """The jobs ``using`` what is to go, and the evaluations whose pairs are theirs: given, or made by a child."""
+    ids = {spec.id for spec in using}
+    parents = {spec.parent for spec in using}
+    read = [
+        spec for spec in jobs if isinstance(spec, EvaluateSpec) and (spec.synthetic_job in ids or spec.id in parents)
+    ]
+    return tuple({spec.id: spec for spec in (*using, *read)}.values())
 
 
 def _datasets(store: ObjectStore, spec: Spec) -> set[str | None]:

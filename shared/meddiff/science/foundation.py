@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
@@ -69,12 +70,21 @@ class Foundation:
 
 def load(source: str | Path, dtype: torch.dtype, device: torch.device, unet_folder: Path | None = None) -> Foundation:
     """A Stable Diffusion checkpoint, 9-channel inpainting or 4-channel, from ``"builtin"``, a folder in diffusers
-    layout, or a hub id; safetensors only. ``unet_folder`` holds a U-Net to take instead of its own.
+    layout, or a hub id; safetensors only, of a part that has them in half precision alone those. ``unet_folder`` holds
+    a U-Net to take instead of its own.
 
     Raises ``OSError`` where a part is missing and ``ValueError`` for a prediction type other than epsilon or velocity.
     """
     folder = _folder(source)
-    weights = {"use_safetensors": True, "local_files_only": True}
+
+    def weights(part: str) -> dict[str, Any]:
+        return {
+            "subfolder": part,
+            "use_safetensors": True,
+            "local_files_only": True,
+            "variant": variant_of(folder / part),
+        }
+
     scheduler = DDIMScheduler.from_pretrained(
         folder,
         subfolder="scheduler",
@@ -87,11 +97,10 @@ def load(source: str | Path, dtype: torch.dtype, device: torch.device, unet_fold
         raise ValueError(
             f"the foundation predicts {scheduler.config.prediction_type}; epsilon or v_prediction can be used"
         )
-    unet = UNet2DConditionModel.from_pretrained(
-        unet_folder or folder, subfolder=None if unet_folder else "unet", torch_dtype=torch.float32, **weights
-    )
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **weights)
-    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32, **weights)
+    own = weights("unet") if unet_folder is None else weights("unet") | {"subfolder": None, "variant": None}
+    unet = UNet2DConditionModel.from_pretrained(unet_folder or folder, torch_dtype=torch.float32, **own)
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, **weights("vae"))
+    text_encoder = CLIPTextModel.from_pretrained(folder, dtype=torch.float32, **weights("text_encoder"))
     for network in (unet, vae):  # Else a saved model names the folder on this machine.
         network.register_to_config(_name_or_path="")
     for network in (unet, vae, text_encoder):
@@ -116,8 +125,17 @@ def _folder(source: str | Path) -> Path:
         return Path(source)
     if Path(source).is_absolute():
         raise FileNotFoundError(f"no such folder: {source}")
-    parts = {"safety_checker": None, "feature_extractor": None}
-    return Path(StableDiffusionInpaintPipeline.download(str(source), use_safetensors=True, **parts))
+    options = {"safety_checker": None, "feature_extractor": None, "use_safetensors": True}
+    try:
+        return Path(StableDiffusionInpaintPipeline.download(str(source), **options))
+    except OSError:  # Some have a part in half precision alone, Stable Diffusion 1.5 inpainting for one.
+        return Path(StableDiffusionInpaintPipeline.download(str(source), variant="fp16", **options))
+
+
+def variant_of(folder: Path) -> str | None:
+    """``fp16`` where the weights in a folder of diffusers' layout are there in half precision alone."""
+    names = [path.name for path in folder.glob("*.safetensors")]
+    return "fp16" if names and all(".fp16." in name for name in names) else None
 
 
 def save(f: Foundation, folder: Path) -> None:

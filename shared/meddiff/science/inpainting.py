@@ -76,16 +76,20 @@ def inpaint(
     return images
 
 
-def repair(f: Foundation, image: Image, lesion_mask: Mask, recipe: Recipe, seed: int) -> Image:
-    """The image with its lesion painted over as healthy tissue; unchanged outside the guide of the lesion.
+def repair(f: Foundation, cases: Sequence[tuple[Image, Mask, int]], recipe: Recipe) -> list[Image]:
+    """Each image of ``cases`` (image, lesion, seed) with its lesion painted over as healthy tissue; unchanged outside
+    the guide of the lesion.
 
     With ``separate_repair``, ``f`` holds the paper's second U-Net: its mask channel knows only paint and keep.
     """
-    guide = geometry.guide_of(lesion_mask, recipe.inpainting.guide_margin)
-    shape = guide if recipe.finetuning.separate_repair else np.zeros_like(guide)
-    window = geometry.window_around(guide, 1.5)
-    start = _pasted(image, _healthy(image, guide, window), window, guide)
-    return inpaint(f, [Canvas(image, shape, guide, start, seed)], recipe)[0]
+    canvases = []
+    for image, lesion, seed in cases:
+        guide = geometry.guide_of(lesion, recipe.inpainting.guide_margin)
+        shape = guide if recipe.finetuning.separate_repair else np.zeros_like(guide)
+        window = geometry.window_around(guide, 1.5)
+        start = _pasted(image, _healthy(image, guide, window), window, guide)
+        canvases.append(Canvas(image, shape, guide, start, seed))
+    return inpaint(f, canvases, recipe)
 
 
 # ------------------------------------------------------------------------------------------------------------ eq. 2

@@ -58,8 +58,9 @@ class ObjectStore:
     def __init__(self, settings: Settings, retry: RetryPolicy) -> None:
         self.bucket = settings.s3_bucket
         self._retry = retry
+        read = max(5.0, 2 * retry.deadline)  # Who gives up early does not wait a minute for a store that hangs.
         self._http = urllib3.PoolManager(
-            timeout=urllib3.Timeout(connect=5, read=60), maxsize=16, retries=False, cert_reqs="CERT_REQUIRED"
+            timeout=urllib3.Timeout(connect=5, read=read), maxsize=16, retries=False, cert_reqs="CERT_REQUIRED"
         )
         self._client = self._connect(settings, settings.s3_endpoint)
         self._public = self._connect(settings, settings.s3_public_endpoint or settings.s3_endpoint)
