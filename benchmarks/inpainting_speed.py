@@ -187,7 +187,8 @@ def main() -> None:
         theirs = embedded(encoder, plain(pipes["tuned"], generator.canvases(many, shapes)[0], px, BATCH, 20, 1.0))
     mean, low, high = difference(mine, theirs, real)
     print(
-        f"KID against {len(real)} real crops unseen, EfficientNet-Lite0, {len(mine)} crops each: ours {kid(mine, real):.4f}, "
+        f"KID against {len(real)} real crops unseen, EfficientNet-Lite0, {len(mine)} crops each: "
+        f"ours {kid(mine, real):.4f}, "
         f"tuned {kid(theirs, real):.4f}, difference {mean:+.4f} ({low:+.4f} to {high:+.4f})"
     )
 
