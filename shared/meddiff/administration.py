@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from meddiff import hub
 from meddiff.contracts.access import Role
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from meddiff.store.objects import ObjectStore
 
 STACK_FOLDER = Path("out/stack")
-MIRRORED = (".safetensors", ".json", ".txt")
-INDICES = ("model_index.json", "config.json")
-"""Of a pipeline's folder, and of a single network's."""
 WEIGHED = ("unet", "vae", "text_encoder")
 
 admin = typer.Typer(no_args_is_help=True, help="Keys and housekeeping, on the store that MEDDIFF_S3_… names.")
@@ -143,13 +141,13 @@ def mirror(
     if not to.startswith("s3://") or not prefix:
         raise typer.BadParameter("it is s3://bucket/prefix", param_hint="TO")
     folder = Path(source) if Path(source).is_dir() else _downloaded(source)
-    there = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    files = [folder / name for name in mirrored(there)]
-    last = next((path for name in INDICES if (path := folder / name) in files), None)
+    there = (PurePosixPath(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = [folder / name for name in hub.used(there)]
+    last = next((path for name in hub.INDICES if (path := folder / name) in files), None)
     if last is None:
-        typer.echo(f"{source} holds none of {' and '.join(INDICES)}", err=True)
+        typer.echo(f"{source} holds none of {' and '.join(hub.INDICES)}", err=True)
         raise typer.Exit(1)
-    parts = [folder / part for part in WEIGHED] if last.name == INDICES[0] else [folder]
+    parts = [folder / part for part in WEIGHED] if last.name == hub.INDICES[0] else [folder]
     weights = {path.parent for path in files if path.suffix == ".safetensors"}
     if lacking := [part.name for part in parts if part not in weights]:
         typer.echo(f"{source} holds no safetensors of: {', '.join(lacking)}", err=True)
@@ -163,37 +161,14 @@ def mirror(
     typer.echo(f"a recipe's source is now {to.rstrip('/')}")
 
 
-def mirrored(there: Sequence[Path]) -> list[Path]:
-    """Of the files of a model those that are used: configurations, vocabularies, and weights as safetensors, of each
-    part those in full precision where there are any. A pipeline's parts, not the same in one file beside them."""
-    files = [name for name in there if name.suffix in MIRRORED and name.parts[0] != "safety_checker"]
-    weights = [name for name in files if name.suffix == ".safetensors"]
-    whole = {name.parent for name in weights if ".fp16." not in name.name}
-    unused = {name for name in weights if "non_ema" in name.name}
-    unused |= {name for name in weights if ".fp16." in name.name and name.parent in whole}
-    if Path(INDICES[0]) in files:
-        unused |= {name for name in weights if name.parent == Path()}
-    return sorted(set(files) - unused)
-
-
 def _downloaded(hub_id: str) -> Path:
     try:
-        from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-        )
+        return hub.download(hub_id)
     except ModuleNotFoundError:
         typer.echo(f"{hub_id} is no folder, and the hub's client comes with: pip install 'meddiff[worker]'", err=True)
-        raise typer.Exit(1) from None
-    try:
-        there = [Path(name) for name in HfApi().list_repo_files(hub_id)]
-        return Path(snapshot_download(hub_id, allow_patterns=[str(name) for name in mirrored(there)]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (OSError, ValueError) as error:
         typer.echo(f"{hub_id} cannot be had from the hub: {type(error).__name__}", err=True)
-        raise typer.Exit(1) from None
+    raise typer.Exit(1)
 
 
 @contextmanager

@@ -157,7 +157,7 @@ REQUESTS = {
     ),
     "an unknown field": Bad("/finetune", {"dataset_uri": "{dataset}", "colour": 1}, "/colour"),
     "an unknown priority": Bad("/finetune", {"dataset_uri": "{dataset}", "priority": "now"}, "/priority"),
-    "a case named twice": Bad("/finetune", {"dataset_uri": "{dataset}", "cases": ["a" * 64, "a" * 64]}, "/cases"),
+    "a case named twice": Bad("/finetune", {"dataset_uri": "{dataset}", "cases": ["a" * 64, "a" * 64]}, "/cases/1"),
     "a cases list of no digests": Bad("/finetune", {"dataset_uri": "{dataset}", "cases": ["x", "y"]}, "/cases/0"),
     "count 0": Bad("/generate", {"model": "{model}", "count": 0}, "/count"),
     "count -1": Bad("/generate", {"model": "{model}", "count": -1}, "/count"),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from uuid import uuid4
 
 import pytest
 from hub import serving
-from meddiff.administration import mirrored
 from meddiff.cli import app
+from meddiff.hub import used, variant_of
 from meddiff.settings import Settings
 from meddiff.store.objects import ObjectStore
 from safetensors.torch import load_file, save_file
@@ -79,41 +79,50 @@ print(loaded.unet.dtype, sum(float(p.abs().sum()) for p in loaded.unet.parameter
 def test_a_part_that_the_hub_has_in_half_precision_alone_is_taken_so(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """As Stable Diffusion 1.5 inpainting's U-Net is there; and one file of the whole beside it is left."""
+    """As Stable Diffusion 1.5 inpainting's U-Net is there. The other parts are taken in full; one file of the whole
+    beside them is left; and what was downloaded once is found again without the hub."""
     write_checkpoint(tmp_path)
     repository = tmp_path / "checkpoint"
-    whole = repository / "unet" / "diffusion_pytorch_model.safetensors"
-    halves = {name: tensor.half() for name, tensor in load_file(whole).items()}
-    save_file(halves, whole.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    whole.unlink()
+    for part in ("unet", "vae"):
+        full = repository / part / "diffusion_pytorch_model.safetensors"
+        halves = {name: tensor.half() for name, tensor in load_file(full).items()}
+        save_file(halves, full.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    (repository / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (repository / "everything.safetensors").write_bytes(b"x")
-    bucket = f"models-{uuid4().hex}"
-    mirror = [sys.executable, "-m", "meddiff.cli", "admin", "mirror", "somebody/inpainting", f"s3://{bucket}/sd"]
+    to = f"s3://models-{uuid4().hex}/sd"
+    load, mirror = [sys.executable, "-c", HUB_LOADS], [sys.executable, "-m", "meddiff.cli", "admin", "mirror"]
+    home = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
+
+    def told(command: list[str], **more: str) -> str:
+        done = subprocess.run(command, env=os.environ | environment | home | more, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
     with serving({"somebody/inpainting": repository}) as address:
-        online = os.environ | environment | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
-        for name, command in (("loaded", [sys.executable, "-c", HUB_LOADS]), ("mirrored", mirror)):
-            hub_home = {"HF_HOME": str(tmp_path / name)}
-            done = subprocess.run(command, env=online | hub_home, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-2000:]
-            assert {"loaded": "torch.float32 True", "mirrored": "diffusion_pytorch_model.fp16"}[name] in done.stdout
-    assert "everything" not in done.stdout
+        online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address}
+        assert told(load, **online) == "torch.float32 True\n"
+    names = {path.name for path in (tmp_path / "hub").rglob("vae/*.safetensors")}
+    assert names == {"diffusion_pytorch_model.safetensors"}
+    offline = told([*mirror, "somebody/inpainting", to])
+    assert "unet/diffusion_pytorch_model.fp16" in offline
+    assert "everything" not in offline
+    gone = subprocess.run(
+        [*mirror, "somebody/else", to], env=os.environ | environment | home, capture_output=True, text=True
+    )
+    assert (gone.returncode, "cannot be had from the hub" in gone.stderr) == (1, True)
 
 
-def test_of_a_part_in_both_precisions_the_full_one_is_mirrored() -> None:
-    there = [
-        "model_index.json",
-        "unet/a.safetensors",
-        "unet/a.fp16.safetensors",
-        "vae/b.fp16.safetensors",
-        "sd.safetensors",
-    ]
-    others = ["unet/a.bin", "safety_checker/c.safetensors", "unet/a.non_ema.safetensors"]
+def test_of_a_part_in_both_precisions_the_full_one_is_used(tmp_path: Path) -> None:
+    there = ["model_index.json", "unet/a.safetensors", "unet/a.fp16.safetensors", "vae/b.fp16.safetensors"]
+    others = ["sd.safetensors", "unet/a.bin", "safety_checker/c.safetensors", "vae/b.non_ema.safetensors"]
     kept = ["model_index.json", "unet/a.safetensors", "vae/b.fp16.safetensors"]
-    assert mirrored([Path(name) for name in there + others]) == [Path(name) for name in kept]
-    assert mirrored([Path("config.json"), Path("model.safetensors")]) == [
-        Path("config.json"),
-        Path("model.safetensors"),
-    ]
+    assert used(PurePosixPath(name) for name in there + others) == [PurePosixPath(name) for name in kept]
+    alone = [PurePosixPath("config.json"), PurePosixPath("model.safetensors")]
+    assert used(alone) == alone
+    for name in (*there, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert (variant_of(tmp_path / "unet"), variant_of(tmp_path / "vae"), variant_of(tmp_path)) == (None, "fp16", None)
 
 
 @pytest.mark.parametrize(

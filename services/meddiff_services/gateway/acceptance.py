@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -71,10 +72,18 @@ def accept(here: Backends, request: R, resolve: Callable[[Backends, R, JobId], S
 
 
 def finetune_spec(here: Backends, request: FinetuneRequest, job_id: JobId) -> FinetuneSpec:
-    """Raises ``ProblemError`` where the dataset is not there or may not be read."""
+    """Raises ``ProblemError`` where the dataset is not there or may not be read, or a case is named twice: it would be
+    its own nearest neighbour, and no copy would be told any more."""
+    named = Counter(request.cases or ())
+    faults = [
+        Fault(pointer=f"/cases/{place}", detail="named more than once")
+        for place, digest in enumerate(request.cases or ())
+        if named[digest] > 1
+    ]
     if is_dataset_id(request.dataset_uri):
-        _raise_if_any(_missing_dataset(here, "dataset_uri", request.dataset_uri))
-    else:
+        faults += _missing_dataset(here, "dataset_uri", request.dataset_uri)
+    _raise_if_any(faults)
+    if not is_dataset_id(request.dataset_uri):
         check_uri(request.dataset_uri, here.settings, here.tenant)
     return FinetuneSpec(
         tenant=here.tenant,

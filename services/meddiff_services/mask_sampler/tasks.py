@@ -107,7 +107,7 @@ def _to_cover(work: Work, ground: Ground, real: Mapping[str, Mask]) -> Mask | No
     """The lesion (H, W) that a background shows."""
     if ground.repaired or ground.case.mask_sha256 is None:
         return None
-    mask = real.get(ground.case.image_sha256)
+    mask = real.get(ground.case.image_sha256) if ground.dataset_id == work.spec.dataset_id else None
     return load(work, ground.dataset_id, ground.case).mask if mask is None else mask
 
 

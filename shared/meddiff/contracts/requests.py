@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
@@ -70,14 +69,6 @@ class FinetuneRequest(Contract):
     split_seed: Seed = 0
     priority: Priority = "normal"
     metadata: Metadata = {}
-
-    @field_validator("cases")
-    @classmethod
-    def _each_once(cls, cases: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        """A case named twice would be its own nearest neighbour, and no copy would be told any more."""
-        if twice := sorted(digest for digest, count in Counter(cases or ()).items() if count > 1):
-            raise ValueError(f"named more than once: {', '.join(twice)}")
-        return cases
 
 
 class GenerateRequest(Contract):

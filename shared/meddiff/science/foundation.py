@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import meddiff
+from meddiff import hub
 
 BUILTIN = Path(meddiff.__file__).parent / "foundations" / "small"
 
@@ -82,7 +83,7 @@ def load(source: str | Path, dtype: torch.dtype, device: torch.device, unet_fold
             "subfolder": part,
             "use_safetensors": True,
             "local_files_only": True,
-            "variant": variant_of(folder / part),
+            "variant": hub.variant_of(folder / part),
         }
 
     scheduler = DDIMScheduler.from_pretrained(
@@ -125,17 +126,7 @@ def _folder(source: str | Path) -> Path:
         return Path(source)
     if Path(source).is_absolute():
         raise FileNotFoundError(f"no such folder: {source}")
-    options = {"safety_checker": None, "feature_extractor": None, "use_safetensors": True}
-    try:
-        return Path(StableDiffusionInpaintPipeline.download(str(source), **options))
-    except OSError:  # Some have a part in half precision alone, Stable Diffusion 1.5 inpainting for one.
-        return Path(StableDiffusionInpaintPipeline.download(str(source), variant="fp16", **options))
-
-
-def variant_of(folder: Path) -> str | None:
-    """``fp16`` where the weights in a folder of diffusers' layout are there in half precision alone."""
-    names = [path.name for path in folder.glob("*.safetensors")]
-    return "fp16" if names and all(".fp16." in name for name in names) else None
+    return hub.download(str(source))
 
 
 def save(f: Foundation, folder: Path) -> None:

@@ -58,7 +58,7 @@ class ObjectStore:
     def __init__(self, settings: Settings, retry: RetryPolicy) -> None:
         self.bucket = settings.s3_bucket
         self._retry = retry
-        read = max(5.0, 2 * retry.deadline)  # Who gives up early does not wait a minute for a store that hangs.
+        read = max(20.0, 2 * retry.deadline)  # Who gives up early does not wait a minute for a store that hangs.
         self._http = urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=5, read=read), maxsize=16, retries=False, cert_reqs="CERT_REQUIRED"
         )

@@ -70,15 +70,14 @@ def _resampled_means(draws: Sequence[Paired], resamples: int, rng: np.random.Gen
 
 def _weights_of_cases(
     groups: Sequence[NDArray[np.int_]], resamples: int, rng: np.random.Generator
-) -> list[NDArray[np.int_]]:
-    """How often each case of each draw (resamples, cases) is there when groups are drawn with replacement from those
-    of all draws; a resample that leaves a draw without a case is drawn again."""
+) -> list[NDArray[np.float64]]:
+    """How much each case of each draw (resamples, cases) counts in a resample of the groups of all draws: by weights
+    (Rubin's Bayesian bootstrap, 1981) that vary as counts of drawing with replacement do and are never zero, so that no
+    draw is left without a case."""
     names, places = np.unique(np.concatenate(groups), return_inverse=True)
-    of_draw = np.split(places, np.cumsum([len(one) for one in groups])[:-1])
-    drawn = np.zeros((resamples, len(names)), np.int_)
-    while len(lacking := np.flatnonzero(~np.all([drawn[:, one].any(axis=1) for one in of_draw], axis=0))):
-        drawn[lacking] = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=len(lacking))
-    return [drawn[:, one] for one in of_draw]
+    count = len(names)
+    drawn = rng.gamma((count - 1) / count, size=(resamples, count)) if count > 1 else np.ones((resamples, 1))
+    return [drawn[:, one] for one in np.split(places, np.cumsum([len(one) for one in groups])[:-1])]
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
