@@ -184,7 +184,7 @@ def _store() -> Iterator[ObjectStore]:
     try:
         settings = Settings() if "MEDDIFF_S3_ENDPOINT" in os.environ else _embedded()
         yield ObjectStore.from_settings(settings or Settings())
-    except (StoreError, ValueError) as error:
+    except (StoreError, ValueError, RuntimeError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
 

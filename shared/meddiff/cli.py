@@ -337,7 +337,7 @@ def _faults_printed() -> Iterator[None]:
     except httpx.TransportError as error:
         err.print(f"the service does not answer ({error}); is it up? Start one with: meddiff up", markup=False)
         raise typer.Exit(1) from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # What was given, or this machine's disk.
         err.print(str(error), markup=False)
         raise typer.Exit(1) from None
 

@@ -23,6 +23,9 @@ MAX_PAIRS = 30
 MODEL_NAME = "demo"
 
 
+REMOVED = ("stack", "pairs", "phantoms")
+
+
 class JobFailedError(Exception):
     """A job of the demo ended otherwise than it should; the message lists the problem's faults."""
 
@@ -32,8 +35,10 @@ def run(dataset: Path | None, count: int, folder: Path, console: Console) -> boo
     synthetic pairs; leaves ``preview.png``, ``manifest.json``, ``pairs/`` and ``contact_sheet.png`` in ``folder``.
 
     The stack, in ``folder/stack``, is taken down however it ends, and of it the logs remain. Returns whether all went
-    well; where not, the reason and the end of each log have been printed.
+    well; where not, the reason and the end of each log have been printed. What an earlier demo left in ``folder`` is
+    removed first. Raises ``ValueError``, and removes nothing, where that is the dataset, or not a demo's.
     """
+    _refuse_to_remove(dataset, folder)
     _clear(folder)
     steps: list[tuple[str, float]] = []
     with _interruptible():
@@ -108,10 +113,23 @@ def _problem_text(job: Job) -> str:
     return "\n".join(lines)
 
 
+def _refuse_to_remove(dataset: Path | None, folder: Path) -> None:
+    for name in REMOVED:
+        one = (folder / name).resolve()
+        if dataset is not None and (dataset.resolve().is_relative_to(one) or one.is_relative_to(dataset.resolve())):
+            raise ValueError(
+                f"a demo removes {folder / name} before it begins, and the dataset lies there: move either"
+            )
+        if one.exists() and not (folder / "stack").is_dir():
+            raise ValueError(
+                f"{folder / name} was there before any demo, and a demo would remove it: name another --out"
+            )
+
+
 def _clear(folder: Path) -> None:
     """Ends what an earlier demo left running and removes what it left behind."""
     stack.down(folder / "stack")
-    for name in ("stack", "pairs", "phantoms"):
+    for name in REMOVED:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("manifest.json", "contact_sheet.png", "preview.png"):
         (folder / name).unlink(missing_ok=True)

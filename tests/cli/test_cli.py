@@ -124,6 +124,38 @@ def test_pull(meddiff: Command, gateway: Gateway, tmp_path: Path) -> None:
     assert (result.exit_code, "SHA-256" in result.stderr) == (1, True)
 
 
+def test_what_this_machine_refuses_is_said(meddiff: Command, gateway: Gateway, tmp_path: Path) -> None:
+    made = put_generated(gateway.store, gateway.tenant)
+    (tmp_path / "file").write_bytes(b"x")
+    result = meddiff("pull", made.spec.id, str(tmp_path / "file" / "there"))
+    assert (result.exit_code, "Not a directory" in result.stderr) == (1, True)
+
+
+def test_a_stack_that_has_ended_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = tmp_path / "out" / "stack"
+    stack.mkdir(parents=True)
+    (stack / "stack.json").write_text('{"address": "http://127.0.0.1:1", "members": []}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEDDIFF_S3_ENDPOINT", raising=False)
+    result = CliRunner().invoke(app, ["admin", "keys", "list"])
+    assert (result.exit_code, "gateway has ended" in result.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("dataset", ["phantoms", "pairs/of a patient", ".", "elsewhere"])
+def test_a_demo_removes_no_dataset(tmp_path: Path, dataset: str) -> None:
+    """A folder that it would clear: as the dataset, or because no demo has left it."""
+    kept = [tmp_path / "phantoms" / "a.png", tmp_path / "pairs" / "of a patient" / "b.png"]
+    for file in (*kept, tmp_path / "elsewhere" / "c.png"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x")
+    if dataset != "elsewhere":
+        (tmp_path / "stack").mkdir()
+    told = CliRunner().invoke(app, ["demo", "--dataset", str(tmp_path / dataset), "--out", str(tmp_path)])
+    assert told.exit_code == 1
+    assert "remove" in told.output
+    assert all(file.exists() for file in kept)
+
+
 def test_validate_names_every_fault(meddiff: Command, tmp_path: Path) -> None:
     (tmp_path / "good.zip").write_bytes(archive())
     (tmp_path / "bad.zip").write_bytes(archive(mask_size=(9, 9)))

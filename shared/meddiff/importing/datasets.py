@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ from meddiff.store.objects import NotFound, ObjectStore
 
 MIN_PAIRS = 2
 WINDOW_FILE = "window.json"
+_DECODING = threading.BoundedSemaphore(2)
+"""However many imports run at once: a picture of 64 megapixels takes most of a gigabyte while it is decoded."""
 
 Progress = Callable[[int, int], None]
 What = Literal["image", "mask"]
@@ -237,13 +240,15 @@ def _decode(raw: RawCase, source: Files, window: Window | None) -> tuple[Decoded
     faults: list[Fault] = []
     image: DecodedImage | None = None
     try:
-        image = decode_image(source[raw.image], window)
+        with _DECODING:
+            image = decode_image(source[raw.image], window)
     except (PixelError, UnreadableFile) as error:
         faults.append(Fault(pointer=raw.image, detail=str(error)))
     masks: list[Mask] = []
     for name in raw.masks:
         try:
-            mask = decode_mask(source[name])
+            with _DECODING:
+                mask = decode_mask(source[name])
         except (PixelError, UnreadableFile) as error:
             faults.append(Fault(pointer=name, detail=str(error)))
             continue

@@ -80,7 +80,7 @@ def decode_image(data: bytes, window: Window | None = None) -> DecodedImage:
         notes.append("opaque alpha channel dropped")
     if image.mode in ("1", "L"):
         return DecodedImage(np.asarray(image.convert("L"))[..., None], unturned, tuple(notes))
-    pixels = np.asarray(image.convert("RGB"))
+    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     if _is_grey(pixels):
         return DecodedImage(
             np.ascontiguousarray(pixels[..., :1]), unturned, (*notes, "grey in three channels, kept as one")
@@ -175,7 +175,8 @@ def _load(image: Image.Image) -> tuple[Image.Image, bool]:
     try:
         image.load()
         turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-        return ImageOps.exif_transpose(image), turned
+        ImageOps.exif_transpose(image, in_place=True)
+        return image, turned
     except Exception:
         raise PixelError("truncated or damaged: its pixels cannot be decoded") from None
 
