@@ -184,7 +184,7 @@ def _store() -> Iterator[ObjectStore]:
     try:
         settings = Settings() if "MEDDIFF_S3_ENDPOINT" in os.environ else _embedded()
         yield ObjectStore.from_settings(settings or Settings())
-    except (StoreError, ValueError, RuntimeError) as error:
+    except (StoreError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
 
@@ -195,4 +195,7 @@ def _embedded() -> Settings | None:
     from meddiff.embedded import stack
 
     running = stack.read(STACK_FOLDER)
-    return running.settings if running is not None else None
+    try:
+        return running.settings if running is not None else None
+    except stack.StackError as error:
+        raise ValueError(str(error)) from None

@@ -24,6 +24,8 @@ MODEL_NAME = "demo"
 
 
 REMOVED = ("stack", "pairs", "phantoms")
+MARK = ".demo"
+"""A file that says that what a demo removes is a demo's."""
 
 
 class JobFailedError(Exception):
@@ -120,9 +122,9 @@ def _refuse_to_remove(dataset: Path | None, folder: Path) -> None:
             raise ValueError(
                 f"a demo removes {folder / name} before it begins, and the dataset lies there: move either"
             )
-        if one.exists() and not (folder / "stack").is_dir():
+        if one.exists() and not (folder / MARK).exists():
             raise ValueError(
-                f"{folder / name} was there before any demo, and a demo would remove it: name another --out"
+                f"{folder / name} is no demo's, and a demo would remove it: move it, or name another --out"
             )
 
 
@@ -134,6 +136,7 @@ def _clear(folder: Path) -> None:
     for name in ("manifest.json", "contact_sheet.png", "preview.png"):
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
 
 
 @contextmanager

@@ -30,27 +30,30 @@ def variant_of(folder: Path) -> str | None:
 
 
 def download(hub_id: str) -> Path:
-    """The folder with a model's ``used`` files; where the hub does not answer, or is not to be asked, what lies here of
-    an earlier time. Raises ``OSError`` where there is no such model, here or there, and ``ValueError`` for an id that
-    is none."""
+    """The folder with a model's ``used`` files; where the hub does not answer, refuses, or is not to be asked, what
+    lies here of an earlier time. Raises ``OSError`` where there is no such model, here or there, and ``ValueError`` for
+    an id that is none."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError
 
     there = _listed(hub_id)
-    if there is None:
-        return Path(snapshot_download(hub_id, local_files_only=True))
-    return Path(snapshot_download(hub_id, allow_patterns=[str(name) for name in used(there)]))
+    wanted = None if there is None else [str(name) for name in used(there)]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=there is None))
+    except IncompleteSnapshotError as error:  # Of an earlier time, without a file that nobody may need.
+        return Path(error.snapshot_path)
 
 
 def _listed(hub_id: str) -> list[PurePosixPath] | None:
     """A model's files as the hub tells, or told when they were downloaded; None where neither is known."""
     from huggingface_hub import HfApi, get_cached_repo_tree
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError
 
     try:
         return [PurePosixPath(name) for name in HfApi().list_repo_files(hub_id)]
-    except (HfHubHTTPError, ValueError):
+    except HFValidationError:
         raise
-    except Exception:  # No answer, in the words of whatever HTTP client the hub's library has.
+    except Exception:  # No answer, in the words of whatever HTTP client the hub's library has, or no good one.
         try:
             return [PurePosixPath(file.path) for file in get_cached_repo_tree(hub_id)]
         except CachedRepoTreeNotFoundError:

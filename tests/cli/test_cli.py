@@ -149,7 +149,7 @@ def test_a_demo_removes_no_dataset(tmp_path: Path, dataset: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"x")
     if dataset != "elsewhere":
-        (tmp_path / "stack").mkdir()
+        (tmp_path / ".demo").touch()
     told = CliRunner().invoke(app, ["demo", "--dataset", str(tmp_path / dataset), "--out", str(tmp_path)])
     assert told.exit_code == 1
     assert "remove" in told.output

@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 import pytest
 from dataset_files import TENANT, pairs, write_folder, write_zip
 from meddiff.contracts.problems import ProblemError
-from meddiff.importing import check_uri, open_archive, open_source, validate
-from meddiff.importing.sources import Folder, UnreadableFile
+from meddiff.importing import check_uri, open_source, validate
+from meddiff.importing.sources import Folder, UnreadableFile, open_archive
 from meddiff.settings import Settings
 from meddiff.store.objects import ObjectStore, StoreUnavailable
 from meddiff.store.retry import RetryPolicy

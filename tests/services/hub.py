@@ -22,6 +22,9 @@ def serving(repositories: Mapping[str, Path]) -> Iterator[str]:
             self.do_GET()
 
         def do_GET(self) -> None:
+            name = re.match(r"(?:/api/models)?/(\w+/\w+)", self.path)
+            if name is None or name[1] not in repositories:
+                return self.send_error(404)
             if found := re.fullmatch(r"/api/models/(\w+/\w+)(/revision/\w+|/tree/\w+)?", self.path.partition("?")[0]):
                 return self.answer(json.dumps(self.listing(found[1], found[2] or "")).encode())
             if found := re.fullmatch(r"/(\w+/\w+)/resolve/\w+/(.+)", self.path):

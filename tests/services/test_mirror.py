@@ -106,6 +106,11 @@ def test_a_part_that_the_hub_has_in_half_precision_alone_is_taken_so(
     offline = told([*mirror, "somebody/inpainting", to])
     assert "unet/diffusion_pytorch_model.fp16" in offline
     assert "everything" not in offline
+    with serving({}) as refusing:  # Every repository: 404. What lies here has to do.
+        assert told(load, HF_HUB_OFFLINE="0", HF_ENDPOINT=refusing) == "torch.float32 True\n"
+    for file in (tmp_path / "hub").rglob("model_index.json"):  # As of a time that did not ask for it.
+        file.unlink()
+    assert told(load) == "torch.float32 True\n"
     gone = subprocess.run(
         [*mirror, "somebody/else", to], env=os.environ | environment | home, capture_output=True, text=True
     )

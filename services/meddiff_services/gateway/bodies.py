@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import AsyncIterator
-from pathlib import Path
+from typing import IO
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
@@ -51,9 +51,9 @@ class BoundedBodies:
         await self._app(scope, bounded, send)
 
 
-async def dataset_source(request: Request, admitted: Here) -> AsyncIterator[str | Path]:
-    """The dataset a request names or carries: the ``dataset_uri`` of a JSON body, or a temporary zip archive that is
-    gone after the answer. Of who is not admitted nothing is read."""
+async def dataset_source(request: Request, admitted: Here) -> AsyncIterator[str | IO[bytes]]:
+    """The dataset a request names or carries: the ``dataset_uri`` of a JSON body, or a temporary zip archive without
+    a name, so that nothing is left of it however the process ends. Of who is not admitted nothing is read."""
     media_type = _media_type(request.headers)
     if media_type == JSON:
         yield _reference(await request.body()).dataset_uri
@@ -61,11 +61,11 @@ async def dataset_source(request: Request, admitted: Here) -> AsyncIterator[str 
     if media_type != ZIP:
         fault = Fault(pointer="?Content-Type", detail=f"expected {ZIP} or {JSON}")
         raise ProblemError("invalid-request", "The body is of no known type", [fault])
-    with tempfile.NamedTemporaryFile(suffix=".zip") as archive:
+    with tempfile.TemporaryFile() as archive:
         async for chunk in request.stream():
             await run_in_threadpool(archive.write, chunk)
         archive.flush()
-        yield Path(archive.name)
+        yield archive
 
 
 SOURCE_BODY = {

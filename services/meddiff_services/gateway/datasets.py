@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, suppress
-from pathlib import Path
-from typing import Annotated
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import IO, Annotated
 
 from fastapi import APIRouter, Depends, Response
 from meddiff.contracts.dataset import Dataset, DatasetList, DatasetSummary, ValidationReport
 from meddiff.contracts.problems import Fault, ProblemError, problem
 from meddiff.importing import (
+    Archive,
     Source,
     import_dataset,
     is_dataset_id,
     load_dataset,
-    open_archive,
     open_source,
     validate,
 )
@@ -30,7 +29,7 @@ from meddiff_services.gateway.problems import documented
 
 router = APIRouter(prefix="/datasets", tags=["datasets"], responses=documented("unauthenticated", "forbidden"))
 
-Origin = Annotated[str | Path, Depends(dataset_source)]
+Origin = Annotated[str | IO[bytes], Depends(dataset_source)]
 INVALID = problem("invalid-dataset", "").type
 _REFUSALS = documented("invalid-dataset", "invalid-request", "source-refused", "source-unreachable", "too-large")
 
@@ -89,8 +88,8 @@ def _summaries(here: Backends, ids: Iterable[str]) -> Iterator[DatasetSummary]:
             yield load_dataset(here.store, here.tenant, dataset_id).summary()
 
 
-def _opened(origin: str | Path, here: Backends) -> AbstractContextManager[Source]:
+def _opened(origin: str | IO[bytes], here: Backends) -> AbstractContextManager[Source]:
     """What the URI names, or the uploaded archive."""
-    if isinstance(origin, Path):
-        return open_archive(origin)
-    return open_source(origin, here.settings, here.store, here.tenant)
+    if isinstance(origin, str):
+        return open_source(origin, here.settings, here.store, here.tenant)
+    return nullcontext(Archive(origin))

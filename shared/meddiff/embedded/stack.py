@@ -36,7 +36,7 @@ _SERVICE_PATIENCE = 30.0
 _SERVER_PATIENCE = 60.0
 
 
-class StackError(RuntimeError):
+class StackError(Exception):
     """The stack did not come up; the message ends with the last lines of the log at fault."""
 
 

@@ -9,9 +9,10 @@ from meddiff.importing.datasets import (
     select_cases,
     validate,
 )
-from meddiff.importing.sources import Source, check_uri, is_dataset_id, open_archive, open_source
+from meddiff.importing.sources import Archive, Source, check_uri, is_dataset_id, open_source
 
 __all__ = [
+    "Archive",
     "Source",
     "check_uri",
     "chosen_cases",
@@ -20,7 +21,6 @@ __all__ = [
     "is_dataset_id",
     "load_case",
     "load_dataset",
-    "open_archive",
     "open_source",
     "select_cases",
     "validate",

@@ -240,15 +240,17 @@ def _decode(raw: RawCase, source: Files, window: Window | None) -> tuple[Decoded
     faults: list[Fault] = []
     image: DecodedImage | None = None
     try:
+        data = source[raw.image]
         with _DECODING:
-            image = decode_image(source[raw.image], window)
+            image = decode_image(data, window)
     except (PixelError, UnreadableFile) as error:
         faults.append(Fault(pointer=raw.image, detail=str(error)))
     masks: list[Mask] = []
     for name in raw.masks:
         try:
+            data = source[name]
             with _DECODING:
-                mask = decode_mask(source[name])
+                mask = decode_mask(data)
         except (PixelError, UnreadableFile) as error:
             faults.append(Fault(pointer=name, detail=str(error)))
             continue

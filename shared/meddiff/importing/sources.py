@@ -197,8 +197,8 @@ def open_source(uri: str, settings: Settings, store: ObjectStore, tenant: str) -
     if isinstance(place, BucketPath):
         bucket = store.of_bucket(place.bucket)
         if place.key.lower().endswith(".zip"):
-            with _downloaded(bucket, place.key, settings.max_upload_bytes) as path, open_archive(path) as archive:
-                yield archive
+            with _downloaded(bucket, place.key, settings.max_upload_bytes) as file:
+                yield Archive(file)
         else:
             yield Objects(bucket, place.key.rstrip("/") + "/" if place.key.strip("/") else "")
     elif _is_folder(place):
@@ -210,7 +210,7 @@ def open_source(uri: str, settings: Settings, store: ObjectStore, tenant: str) -
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[Source]:
-    """The ZIP archive at ``path`` (an upload, say), open for reading. Raises ``ProblemError`` ``invalid-dataset``, and
+    """The ZIP archive at ``path``, open for reading. Raises ``ProblemError`` ``invalid-dataset``, and
     ``source-unreachable`` where it may not be read."""
     try:
         file = path.open("rb")
@@ -283,19 +283,18 @@ def _below(folder: Path, error: OSError) -> str:
 
 
 @contextmanager
-def _downloaded(bucket: ObjectStore, key: str, limit: int) -> Iterator[Path]:
-    """The object as a file of at most ``limit`` bytes, for a while."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "archive.zip"
+def _downloaded(bucket: ObjectStore, key: str, limit: int) -> Iterator[IO[bytes]]:
+    """The object as a file of at most ``limit`` bytes without a name: nothing is left of it, however this ends."""
+    with tempfile.TemporaryFile() as file:
         with _reaching():
             try:
                 if bucket.size(key) > limit:
                     raise ProblemError("too-large", f"the archive has more than {limit} bytes; name a prefix instead")
-                bucket.download_file(key, path)
+                bucket.download(key, file)
             except NotFound:
                 detail = "there is no such archive"
                 raise ProblemError("source-unreachable", detail, [_uri_fault(detail)]) from None
-        yield path
+        yield file
 
 
 def _unsafe(member: zipfile.ZipInfo) -> Iterator[str]:
