@@ -22,7 +22,12 @@ from benchmarks.variants import GONE, VARIANTS
 Key = tuple[str, bool, str, int]
 """Dataset, whether its development half, segmenter, real cases."""
 ASKED = ("synthetic", "copy-paste", "real x1.5", "real x2")
-AGAINST = (*((arm, REAL) for arm in ASKED), ("synthetic", "copy-paste"), ("synthetic", "real x1.5"))
+AGAINST = (
+    *((arm, REAL) for arm in ASKED),
+    ("synthetic", "copy-paste"),
+    ("synthetic", "real x1.5"),
+    ("synthetic, 2 x steps", "real, 2 x steps"),
+)
 """The comparisons that the page opens with."""
 MATCHED = (
     "A gain is that over `real` on the runs (draw, seed) that both arms have, so it need not be the difference of "

@@ -391,7 +391,7 @@ def _agreeing(trial: Trial, material: Material, bounds: tuple[float, float]) -> 
 def _stop_curve(trial: Trial, material: Material) -> dict[int, float]:
     """What the arm's stop is chosen by. It is the arm's and the draw's, so what a row or the disk holds is taken."""
     for one in read(trial.rows):
-        same = one.arm == trial.arm or (trial.arm == REAL and one.arm.endswith("x steps"))
+        same = one.arm == trial.arm or (one.arm.startswith(f"{trial.arm}, ") and one.arm.endswith("x steps"))
         if one.curve and same and one.key[:5] == trial.begins[:5]:
             return one.curve
     path = trial.cache / f"{'-'.join(map(str, (*trial.begins[:5], trial.arm))).replace(' ', '_')}.stop.json"
@@ -430,7 +430,7 @@ def trials_due(arguments: argparse.Namespace, done: set[tuple[str | int | bool, 
                 share = float(arm.removeprefix(REAL).strip(" x") or 1) if arm.startswith(REAL) else 1.0
                 if round(share * len(draw.train)) > len(draw.train) + len(draw.extra):
                     continue
-                for factor in arguments.factor if arm == REAL else (1.0,):
+                for factor in arguments.factor:
                     trial = Trial(
                         folder, arguments.development, arguments.segmenter, arguments.train, number, arm,
                         (), arguments.cache, arguments.rows, factor, arguments.stop,
@@ -481,9 +481,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", action="append", required=True, help="repeatable")
     parser.add_argument("--development", action="store_true", help="the cases kept for tuning")
     parser.add_argument("--arm", action="append", default=[], help="repeatable: real, real x2, or a variant's name")
-    parser.add_argument(
-        "--factor", action="append", type=float, default=[], help="of the stop of real only; repeatable"
-    )
+    parser.add_argument("--factor", action="append", type=float, default=[], help="of the stop; repeatable")
     parser.add_argument("--stop", type=int, help="steps of every arm, in place of a choice by inner folds")
     parser.add_argument("--hours", type=float, default=1.0, help="no new trial begins after that")
     parser.add_argument("--rows", type=Path, default=Path("docs/experiments/rows.jsonl"))
