@@ -91,6 +91,23 @@ def test_a_variant_is_held_against_the_recipe_as_it_stands() -> None:
     ]
 
 
+def test_a_seed_on_another_device_is_another_run_and_compared_with_what_ran_there() -> None:
+    """The card's runs lie 0.2 higher in both arms, and one arm ran on it alone: the gains hold none of that."""
+    on_card = {"device": "a card"}
+    some = [trained(arm, dice, seed=seed) for arm, dice in (("real", 0.5), ("synthetic", 0.6)) for seed in range(3)]
+    some += [
+        trained(arm, dice, seed=seed).model_copy(update=on_card)
+        for arm, dice in (("real", 0.7), ("synthetic", 0.8), ("joint", 0.7))
+        for seed in range(3)
+    ]
+    (found,) = experiments.grouped(some).values()
+    by_name = {one.name: one for one in experiments.results(found)}
+    assert (by_name["synthetic"].runs, by_name["joint"].runs) == (6, 3)
+    gains = {name: one.gain.mean for name, one in by_name.items() if one.gain is not None}
+    assert abs(gains["synthetic"] - 10) < 1
+    assert abs(gains["joint"]) < 1
+
+
 def test_a_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     line = trained("real", 0.8).model_dump_json()
     (tmp_path / "rows.jsonl").write_text(f"{line}\n{line[:100]}")
