@@ -150,10 +150,14 @@ def worth(result: ArmResult | None) -> str:
 
 def plot(groups: Mapping[Key, Sequence[Training]], path: Path) -> None:
     """Gains over real only, a panel for each dataset."""
-    figure = Figure(figsize=(5 * len(groups), 5), layout="constrained")
+    gains = {
+        key: [(one.name, one.gain) for one in results(trainings) if one.gain is not None][::-1]
+        for key, trainings in groups.items()
+    }
+    tallest = max(len(shown) for shown in gains.values())
+    figure = Figure(figsize=(5 * len(groups), max(4, 1 + tallest / 4)), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(groups)))
-    for axes, (key, trainings) in zip(panels, groups.items(), strict=True):
-        shown = [(one.name, one.gain) for one in results(trainings) if one.gain is not None][::-1]
+    for axes, (key, shown) in zip(panels, gains.items(), strict=True):
         for place, (_, found) in enumerate(shown):
             axes.plot([found.low, found.high], [place, place], color="0.3")
             axes.plot(found.mean, place, "o", color="0.1")
@@ -190,10 +194,10 @@ def page(trainings: Sequence[Training]) -> str:
             lines += [*table(found), ""]
     lines += ["## What the variants are", "", CANDIDATES, "", "| name | what |", "|---|---|"]
     known = {name: variant.what for name, variant in VARIANTS.items()} | GONE
-    run = {one.arm for one in trainings}
+    run = {name for one in trainings for name in (one.arm, one.arm.rpartition(", ")[2])}
     lines += [f"| {name} | {what} |" for name, what in known.items() if name in run]
     due = [name for name in VARIANTS if name not in run]
-    lines += ["", f"Not run yet: {', '.join(due)}."] if due else []
+    lines += ["", f"Not run yet: {'; '.join(due)}."] if due else []
     return "\n".join(lines) + "\n"
 
 

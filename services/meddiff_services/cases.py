@@ -11,11 +11,11 @@ from meddiff.contracts.dataset import Case
 from meddiff.contracts.jobs import GenerateSpec
 from meddiff.contracts.models import ModelCard
 from meddiff.contracts.recipes import Recipe, with_prompt
-from meddiff.importing import chosen_cases, first_of_each_picture, load_case, load_dataset
+from meddiff.importing import chosen_cases, first_of_each_picture, load_case, load_dataset, load_mask
 from meddiff.store.keys import ModelKeys
 from meddiff.store.objects import ObjectStore
 
-from meddiff_services.pictures import Mask, Pixels
+from meddiff_services.pictures import Mask, Pixels, decode_mask
 from meddiff_services.worker import Work
 
 
@@ -73,6 +73,24 @@ class Stored(Sequence[T]):
     def __getitem__(self, place: Any) -> Any:
         self.work.raise_if_stopped()
         return self.read[place]()
+
+
+@dataclass(frozen=True)
+class Masks(Sequence[Mask]):
+    """Masks (H, W) kept as PNG, some KB each however large the picture, and decoded whenever asked for."""
+
+    pngs: Sequence[bytes]
+
+    @classmethod
+    def of(cls, work: Work, dataset_id: str, cases: Sequence[Case]) -> Masks:
+        """Of cases that have one."""
+        return cls([load_mask(work.store, work.tenant, dataset_id, case) for case in cases])
+
+    def __len__(self) -> int:
+        return len(self.pngs)
+
+    def __getitem__(self, place: Any) -> Any:
+        return decode_mask(self.pngs[place])
 
 
 def imported(work: Work) -> str:

@@ -54,9 +54,9 @@ def material(work: Work, number: int, arm: Arm) -> Material:
     known = cases_by_digest(work)
     cases = [known[digest] for digest in wanted]
     real = Stored(work, [partial(_real, work, *case) for case in cases])
-    patients = [case.patient or case.image_sha256 for _, case in cases]
+    groups = split.real_groups[: len(cases)]
     if arm.source is None:
-        return Material(real, patients=patients)
+        return Material(real, groups=groups)
     pairs = made(work, number)[: arm.pairs]
     if not pairs:
         raise ProblemError("child-failed", f"Job {_makers(work, number).spec.id} made no pair that was accepted")
@@ -64,7 +64,7 @@ def material(work: Work, number: int, arm: Arm) -> Material:
     shown = [{candidate.donor.image_sha256, candidate.background.image_sha256} for _, candidate in pairs]
     origins = [frozenset(places[digest] for digest in digests & places.keys()) for digests in shown]
     synthetic = Stored(work, [partial(_synthetic, work, number, arm, *one) for one in pairs])
-    return Material(real, synthetic, origins, arm.mixing, patients)
+    return Material(real, synthetic, origins, arm.mixing, groups)
 
 
 def _real(work: Work, dataset_id: str, case: Case) -> trials.Pair:

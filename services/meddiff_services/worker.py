@@ -38,7 +38,7 @@ from meddiff.planning.observe import read_marker, read_spec
 from meddiff.planning.plan import Ending
 from meddiff.planning.queues import RUN, Sender, celery_app
 from meddiff.settings import Settings
-from meddiff.store.keys import JobKeys
+from meddiff.store.keys import JobKeys, ModelKeys
 from meddiff.store.objects import NotFound, ObjectStore, StoreError, StoreUnavailable
 from meddiff.telemetry import configure_logs
 from prometheus_client import start_http_server
@@ -106,6 +106,11 @@ class Work:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    @property
+    def model_scratch(self) -> Path:
+        """The folder on this machine's disk where files of the job's model lie."""
+        return self.settings.scratch / "models" / self.tenant / str(self.spec.model_id)
+
     def marker(self, stage: Stage, shard: int) -> Marker:
         """The marker of a task this one builds on. Raises ``NotFound``."""
         return read_marker(self.store, self.tenant, self._task.job_id, stage, shard)
@@ -155,6 +160,11 @@ class Work:
         """Raises ``Stopped`` where ``should_stop``."""
         if self.should_stop():
             raise Stopped
+
+    def raise_if_ended(self) -> None:
+        """``raise_if_stopped`` that asks the store now: before something becomes visible to others."""
+        self._checked = float("-inf")
+        self.raise_if_stopped()
 
 
 class _Lease:
@@ -312,17 +322,10 @@ class Worker:
         return "done"
 
     def _tidy(self, job_id: str) -> None:
-        """Removes what jobs that have ended left on this disk, and all but the newest models, whenever the work turns
-        to another job."""
-        if job_id == self._job_id:
-            return
-        self._job_id = job_id
-        for folder in (self.settings.scratch / "jobs").glob("*/*"):
-            if self.store.exists(JobKeys(folder.parent.name, folder.name).end):
-                shutil.rmtree(folder, ignore_errors=True)
-        models = sorted((self.settings.scratch / "models").glob("*"), key=lambda folder: folder.stat().st_mtime)
-        for folder in models[:-KEPT_MODELS]:
-            shutil.rmtree(folder, ignore_errors=True)
+        """``tidy`` whenever the work turns to another job."""
+        if job_id != self._job_id:
+            self._job_id = job_id
+            tidy(self.settings.scratch, self.store)
 
     def _record(self, task: Task, error: Exception) -> None:
         """A fault record: the kind of error and where it arose, none of the data it arose from."""
@@ -336,6 +339,25 @@ class Worker:
         n = sum(1 for _ in self.store.list(keys.faults(task.stage, task.shard)))
         fault = TaskFault(stage=task.stage, shard=task.shard, error=what, worker=self.name)
         self.store.put_json(keys.fault(task.stage, task.shard, n), fault)
+
+
+def tidy(scratch: Path, store: ObjectStore) -> None:
+    """Removes from this disk what jobs that have ended left, models that are deleted, and all but the newest models."""
+    for folder in (scratch / "jobs").glob("*/*"):
+        if store.exists(JobKeys(folder.parent.name, folder.name).end):
+            shutil.rmtree(folder, ignore_errors=True)
+    models = sorted((scratch / "models").glob("*/*"), key=lambda folder: folder.stat().st_mtime)
+    for folder in models:
+        if folder in models[:-KEPT_MODELS] or not store.exists(ModelKeys(folder.parent.name, folder.name).card):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tidy_now_and_then(settings: Settings, left: threading.Event) -> None:
+    """``tidy`` in a worker that may have nothing to do: what is deleted is to go from its disk too."""
+    store = ObjectStore.from_settings(settings)
+    while not left.wait(settings.tidy_seconds):
+        with suppress(StoreError, OSError):
+            tidy(settings.scratch, store)
 
 
 def _places(error: BaseException) -> list[str]:
@@ -357,6 +379,7 @@ def main(service: str, queues: Sequence[Queue], stages: str) -> None:
     name = f"{service}-{os.getpid()}@{socket.gethostname()}"
     worker = Worker(settings, stages, name, Sender(app))
     beat = _Heartbeat(settings, queues, name)
+    left = threading.Event()
 
     @app.task(name=RUN, bind=True)  # type: ignore[untyped-decorator]
     def run(self: celery.Task, tenant: str, job_id: str, stage: Stage, shard: int) -> None:
@@ -385,10 +408,15 @@ def main(service: str, queues: Sequence[Queue], stages: str) -> None:
 
     def leave(**_: Any) -> None:
         _leaving[0] = 1
+        left.set()
         beat.stop()
 
+    def ready(**_: Any) -> None:
+        beat.start()
+        threading.Thread(target=_tidy_now_and_then, args=(settings, left), name="tidy", daemon=True).start()
+
     signals.worker_process_init.connect(child_started, weak=False)
-    signals.worker_ready.connect(lambda **_: beat.start(), weak=False)
+    signals.worker_ready.connect(ready, weak=False)
     signals.worker_shutting_down.connect(leave, weak=False)
     app.worker_main(
         [

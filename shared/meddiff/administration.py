@@ -165,7 +165,9 @@ def _downloaded(hub_id: str) -> Path:
     try:
         return hub.download(hub_id)
     except ModuleNotFoundError:
-        typer.echo(f"{hub_id} is no folder, and the hub's client comes with: pip install 'meddiff[worker]'", err=True)
+        typer.echo(
+            f"{hub_id} is no folder, and the hub's client comes with: pip install '.[worker]' in a checkout", err=True
+        )
     except (OSError, ValueError) as error:
         typer.echo(f"{hub_id} cannot be had from the hub: {type(error).__name__}", err=True)
     raise typer.Exit(1)
@@ -179,7 +181,7 @@ def _store() -> Iterator[ObjectStore]:
         from meddiff.settings import Settings
         from meddiff.store.objects import ObjectStore, StoreError
     except ModuleNotFoundError as error:
-        typer.echo(f"{error.name} is missing; it comes with: pip install 'meddiff[gateway]'", err=True)
+        typer.echo(f"{error.name} is missing; it comes with: pip install '.[gateway]' in a checkout", err=True)
         raise typer.Exit(1) from None
     try:
         settings = Settings() if "MEDDIFF_S3_ENDPOINT" in os.environ else _embedded()

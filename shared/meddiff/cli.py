@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -19,7 +20,7 @@ from meddiff.client import Client, ServiceError
 from meddiff.contracts.base import Contract
 from meddiff.contracts.jobs import ENDED, Job, Kind, Status
 from meddiff.contracts.problems import Fault, Problem
-from meddiff.contracts.requests import DEFAULT_RECIPE
+from meddiff.contracts.requests import DEFAULT_RECIPE, EvaluateRequest
 from meddiff.watching import describe, watch
 
 STACK_FOLDER = Path("out/stack")
@@ -107,11 +108,8 @@ def finetune(
 ) -> None:
     """Make a model from a dataset of image-mask pairs."""
     with _client(url) as client:
-        if Path(dataset).exists():
-            err.print("importing the dataset")
-            dataset = client.upload(Path(dataset)).id
         job = client.finetune(
-            dataset,
+            _imported(client, dataset),
             name=name,
             recipe=recipe,
             override=_override(changes),
@@ -169,15 +167,16 @@ def evaluate(
     url: Url = None,
 ) -> None:
     """Find out what synthetic pairs are worth: Dice with and without them, on cases that had no part in making them."""
+    choices: dict[str, Any] = {
+        "model": model, "synthetic_job": synthetic_job, "folds": folds, "draws": draws,
+        "train": train, "seeds": seeds, "recipe": {"name": recipe, "override": _override(changes)},
+    }  # fmt: skip
+    if pairs:
+        choices["synthetic"] = pairs
     with _client(url) as client:
-        where = [client.upload(Path(one)).id if one and Path(one).exists() else one for one in (dataset, test)]
-        choices: dict[str, Any] = {
-            "test_uri": where[1], "model": model, "synthetic_job": synthetic_job, "folds": folds, "draws": draws,
-            "train": train, "seeds": seeds, "recipe": {"name": recipe, "override": _override(changes)},
-        }  # fmt: skip
-        if pairs:
-            choices["synthetic"] = pairs
-        job = client.evaluate(str(where[0]), **choices)
+        EvaluateRequest(dataset_uri=dataset, test_uri=test, **choices)  # Its faults, before anything is imported.
+        tested = test if test is None else _imported(client, test)
+        job = client.evaluate(_imported(client, dataset), test_uri=tested, **choices)
         _follow(client, job, detach=detach, as_json=as_json, on_success=lambda: _keep_page(client, job, page))
 
 
@@ -310,6 +309,17 @@ def _client(url: str | None) -> Iterator[Client]:
         yield client
 
 
+def _imported(client: Client, dataset: str) -> str:
+    """The id of a dataset that lies on this machine, once it is imported; else what was given. Raises ``ValueError``
+    where it is neither here nor the form of an address or an id."""
+    if Path(dataset).exists():
+        err.print("importing the dataset")
+        return client.upload(Path(dataset)).id
+    if "://" not in dataset and not dataset.startswith("ds_"):
+        raise ValueError(f"no folder or archive of that name is here: {dataset}")
+    return dataset
+
+
 def _address() -> str:
     """Of the stack in ``STACK_FOLDER``, where one is up."""
     state = STACK_FOLDER / "stack.json"
@@ -322,7 +332,9 @@ def _all_installed() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        err.print(f"{error.name} is missing; the embedded stack comes with: pip install 'meddiff[all]'", markup=False)
+        err.print(
+            f"{error.name} is missing; the embedded stack comes with: pip install '.[all]' in a checkout", markup=False
+        )
         raise typer.Exit(1) from None
 
 
@@ -333,6 +345,11 @@ def _faults_printed() -> Iterator[None]:
         yield
     except ServiceError as error:
         _print_problem(error.problem)
+        raise typer.Exit(1) from None
+    except ValidationError as error:
+        for one in error.errors():
+            field = ".".join(map(str, one["loc"])) or "request"
+            err.print(f"  {field}: {one['msg'].removeprefix('Value error, ')}", markup=False, highlight=False)
         raise typer.Exit(1) from None
     except httpx.TransportError as error:
         err.print(f"the service does not answer ({error}); is it up? Start one with: meddiff up", markup=False)
@@ -406,6 +423,8 @@ def _print_job(job: Job, *, as_json: bool) -> None:
 
 def _print_problem(problem: Problem) -> None:
     err.print(f"{problem.title}: {problem.detail}", markup=False, highlight=False)
+    if problem.status == 401:
+        err.print("the key is taken from MEDDIFF_API_KEY", markup=False)
     _print_faults(problem.errors)
 
 

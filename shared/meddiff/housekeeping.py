@@ -69,9 +69,11 @@ def tidy(store: ObjectStore, now: datetime) -> int:
         for spec in _specs(store, tenant):
             if not store.exists(JobKeys(tenant, spec.id).end) and not store.exists(active(tenant, spec.id)):
                 store.put(active(tenant, spec.id), b"")  # One that has ended meanwhile the sweep drops again.
-    doomed = [finding.key for finding in orphans(store, now)]
-    store.delete(doomed)
-    return len(doomed)
+    removed = 0
+    for finding in orphans(store, now):  # Each at once: later it may belong to something again.
+        store.delete([finding.key])
+        removed += 1
+    return removed
 
 
 def orphans(store: ObjectStore, now: datetime) -> Iterator[Finding]:
@@ -169,13 +171,13 @@ def _unlisted(store: ObjectStore, tenant: str, now: datetime) -> Iterator[Findin
 
 def _unfinished_models(store: ObjectStore, tenant: str, specs: Iterable[Spec], now: datetime) -> Iterator[Finding]:
     coming = {spec.model_id for spec in specs if isinstance(spec, FinetuneSpec) and _end(store, spec) is None}
-    models = set(store.children(tenant_root(tenant, "models")))
-    without_card = {one for one in models if not store.exists(ModelKeys(tenant, one).card)}
-    for model_id in sorted(without_card - coming):
-        yield from _all_old(store, f"{ModelKeys(tenant, model_id).root}/", now, "a model that was not published whole")
+    for model_id in sorted(set(store.children(tenant_root(tenant, "models"))) - coming):
+        keys = ModelKeys(tenant, model_id)
+        if not store.exists(keys.card):
+            yield from _all_old(store, f"{keys.root}/", now, "a model that was not published whole")
     for key in store.list(tenant_root(tenant, "names")):
         with suppress(NotFound):
-            if json.loads(store.get(key))["model_id"] not in models - without_card:
+            if not store.exists(ModelKeys(tenant, json.loads(store.get(key))["model_id"]).card):
                 yield Finding("orphan", key, "the name of a model that is no longer there")
 
 

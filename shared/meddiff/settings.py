@@ -20,8 +20,11 @@ class Settings(BaseSettings):
 
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis: queues, leases and caches")
     s3_endpoint: str = Field("127.0.0.1:9000", description="host:port of the S3 store as the services reach it")
-    s3_public_endpoint: str | None = Field(None, description="host:port in presigned links, where it differs")
+    s3_public_endpoint: str | None = Field(
+        None, description="host:port of the S3 store as clients reach it: then pictures are answered by links to it"
+    )
     s3_secure: bool = Field(False, description="TLS towards the S3 store")
+    s3_region: str = Field("us-east-1", min_length=1, description="region that requests to the S3 store are signed for")
     s3_access_key: SecretStr = Field(SecretStr(""), description="access key of the S3 store")
     s3_secret_key: SecretStr = Field(SecretStr(""), description="secret key of the S3 store")
     s3_bucket: str = Field("meddiff", description="the service's own bucket")

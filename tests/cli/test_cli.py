@@ -70,6 +70,26 @@ def test_every_fault_is_listed_and_the_exit_code_says_so(meddiff: Command, gatew
         assert pointer in result.stderr
 
 
+def test_an_evaluation_s_faults_are_listed_before_anything_is_imported(meddiff: Command, tmp_path: Path) -> None:
+    (tmp_path / "dataset.zip").write_bytes(archive())
+    dataset = str(tmp_path / "dataset.zip")
+    for options, told in (
+        (("--folds", "1"), "folds: "),
+        (("--folds", "2", "--draws", "2"), "request: draws and train"),
+    ):
+        result = meddiff("evaluate", dataset, *options)
+        assert result.exit_code == 1
+        assert told in result.stderr
+        assert "importing" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate"])
+def test_a_folder_that_is_not_there_is_named(meddiff: Command, command: str) -> None:
+    result = meddiff(command, "out/no-such-folder")
+    assert result.exit_code == 1
+    assert "no folder or archive of that name is here: out/no-such-folder" in result.stderr
+
+
 def test_a_change_of_no_form_is_a_usage_error(meddiff: Command, gateway: Gateway) -> None:
     result = meddiff("finetune", dataset_of(gateway), "--set", "steps")
     assert result.exit_code == 2
@@ -188,7 +208,7 @@ def test_without_a_service_it_says_how_to_start_one(tmp_path: Path) -> None:
 def test_without_the_stack_installed_it_says_what_to_install(command: str, tmp_path: Path) -> None:
     script = f"import sys; sys.modules['psutil'] = None; from meddiff.cli import app; app([{command!r}])"
     ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, "meddiff[all]" in ended.stderr) == (1, True)
+    assert (ended.returncode, ".[all]" in ended.stderr) == (1, True)
     assert "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == []
 

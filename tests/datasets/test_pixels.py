@@ -159,7 +159,15 @@ def transparent_colour() -> bytes:
 
 DEEP = Image.fromarray(np.linspace(0, 4095, 32 * 48).reshape(32, 48).astype(np.uint16))
 
+
+def white_is_zero() -> bytes:
+    """Little-endian 16-bit grey whose PhotometricInterpretation (tag 262, one SHORT) is 0."""
+    entry = b"\x06\x01\x03\x00\x01\x00\x00\x00"
+    return encoded(DEEP, "TIFF").replace(entry + b"\x01\x00", entry + b"\x00\x00")
+
+
 REFUSED = {
+    "16-bit grey, 0 for white": (white_is_zero(), "with 0 for white"),
     "alpha": (encoded(with_alpha(200)), "alpha channel is not opaque"),
     "transparent colour": (transparent_colour(), "alpha channel is not opaque"),
     "CMYK": (encoded(noise().convert("CMYK"), "JPEG"), "CMYK"),

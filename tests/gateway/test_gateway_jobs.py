@@ -16,8 +16,9 @@ import pytest
 from gateways import Gateway, started, until
 from meddiff.contracts.ids import created_at, uuid7
 from meddiff.contracts.jobs import End, EvaluateSpec, FinetuneSpec, GenerateSpec
+from meddiff.contracts.recipes import PAPER
 from meddiff.planning.observe import read_spec
-from meddiff.store.keys import DatasetKeys, JobKeys, active
+from meddiff.store.keys import DatasetKeys, JobKeys, ModelKeys, active
 from stored import put_dataset, put_generated, put_model
 
 MISSING_JOB = "019400aa-0000-7000-8000-000000000000"
@@ -73,6 +74,35 @@ def test_what_a_model_cannot_do_is_refused(gateway: Gateway) -> None:
     response = gateway.http.post("/generate", json=body)
     assert response.status_code == 422
     assert pointers(response) == {"/masks", "/recipe/quality/encoder", "/recipe/inpainting/background"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "pointer"),
+    [
+        ("gpu", {"quality": {"encoder": "efficientnet-lite0"}}, "/recipe/override/quality"),
+        ("cpu", {"quality": {"encoder": "dinov2"}}, "/recipe/override/quality"),
+        ("paper", {"inpainting": {"background": "cover"}}, "/recipe/override"),
+        ("cpu", {"finetuning": {"guide_margin": [0, 0], "repair_share": 0}}, "/recipe/override"),
+        ("cpu", {"finetuning": {"repair_share": 0.6}}, "/recipe/override/finetuning/repair_share"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(
+    gateway: Gateway, recipe: str, override: dict[str, Any], pointer: str
+) -> None:
+    response = accept_finetune(gateway, recipe={"name": recipe, "override": override})
+    assert response.status_code == 422
+    assert pointers(response) == {pointer}
+
+
+def test_a_model_that_paints_lesions_alone_covers_none(gateway: Gateway) -> None:
+    dataset = put_dataset(gateway.store, gateway.tenant)
+    card = put_model(gateway.store, gateway.tenant, dataset)
+    gateway.store.put_json(ModelKeys(gateway.tenant, card.id).card, card.model_copy(update={"recipe": PAPER}))
+    changes = {"inpainting": {"background": "cover"}}
+    body = {"model": card.id, "count": 1, "backgrounds": dataset.id, "recipe": changes}
+    response = gateway.http.post("/generate", json=body)
+    assert response.status_code == 422
+    assert pointers(response) == {"/backgrounds", "/recipe"}
 
 
 def test_an_accepted_finetune_sends_its_import(gateway: Gateway) -> None:

@@ -142,7 +142,8 @@ def test_datasets_are_judged_and_imported_by_uri(gateway: Gateway) -> None:
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_body_above_its_bound_is_too_large(gateway: Gateway, declared: bool) -> None:
     zipped = b"0" * (gateway.settings.max_upload_bytes + 1)
-    for path, body, headers in (("/datasets", zipped, ZIP), ("/finetune", b" " * (2**20 + 1), {})):
+    large = b" " * (2**20 + 1)
+    for path, body, headers in (("/datasets", zipped, ZIP), ("/finetune", large, {}), ("/finetune", large, ZIP)):
         content = body if declared else (body[n : n + 2**16] for n in range(0, len(body), 2**16))
         response = gateway.http.post(path, content=content, headers={"Content-Type": "application/json", **headers})
         assert (response.status_code, response.json()["type"]) == (413, "urn:meddiff:problem:too-large")

@@ -257,10 +257,10 @@ def test_a_stop_is_chosen_with_every_case_held_aside_once() -> None:
     assert [step for step, _ in told] == sorted(step for step, _ in told)
 
 
-@pytest.mark.parametrize(("patients", "trainings"), [("aabbaa", 2), ("aabbcc", 3), ("aaaaaa", 3), ("", 3)])
-def test_a_patient_is_held_aside_as_a_whole_where_there_are_several(patients: str, trainings: int) -> None:
+@pytest.mark.parametrize(("groups", "trainings"), [("aabbaa", 2), ("aabbcc", 3), ("aaaaaa", 3), ("", 3)])
+def test_a_group_is_held_aside_as_a_whole_where_there_are_several(groups: str, trainings: int) -> None:
     told: list[tuple[int, int]] = []
-    material = trials.Material([disc(n) for n in range(6)], patients=patients)
+    material = trials.Material([disc(n) for n in range(6)], groups=[ord(one) for one in groups])
     trials.stop_curve(material, QUICK, 3, lambda *step: told.append(step), CPU)
     assert told[-1] == (6 * trainings - 1, 6 * trainings)
 

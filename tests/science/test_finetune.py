@@ -124,6 +124,26 @@ def test_loss_lies_inside_the_guide_alone(checkpoint: Path) -> None:
     assert (cache["loss_mask"][cache["mask"] == 0] == 0).all()
 
 
+def test_the_second_u_net_is_shown_no_lesion_as_healthy(checkpoint: Path) -> None:
+    changes = {"finetuning": {"separate_repair": True, "repair_share": 0.5}, "inpainting": {"background": "repair"}}
+    cache = build_cache(loaded(checkpoint), PAIRS, [], override(SMALL, changes), 1, lambda done, total: None)
+    assert (cache["repair/mask"].flatten(1).amin(dim=1) == 0).all()
+    assert (cache["repair/loss_mask"][cache["repair/mask"] == 0] == 0).all()
+
+
+def test_lesion_free_images_spare_the_second_u_net(checkpoint: Path) -> None:
+    changes = {"finetuning": {"separate_repair": True}, "inpainting": {"background": "repair"}}
+    assert "repair/mask" not in cached(loaded(checkpoint), override(SMALL, changes))
+
+
+def test_the_first_variant_of_a_pair_is_the_pair_as_it_is(checkpoint: Path) -> None:
+    f = loaded(checkpoint)
+    holes, none = (cached(f, override(SMALL, {"finetuning": {"repair_share": share}})) for share in (0.5, 0.0))
+    first = slice(0, None, SMALL.finetuning.variants)
+    for name in ("latents", "masked_latents", "mask", "loss_mask"):
+        assert torch.equal(holes[name][first], none[name][first])
+
+
 def test_the_edge_of_a_shape_weighs_more_where_the_recipe_says_so(checkpoint: Path) -> None:
     cache = cached(loaded(checkpoint), override(SMALL, {"finetuning": {"edge_weight": 4.0, "repair_share": 0.0}}))
     weight, mask = cache["loss_mask"], cache["mask"]
@@ -147,10 +167,10 @@ def test_padded_pixels_carry_no_loss(checkpoint: Path) -> None:
 
 def test_repair_examples_ask_for_healthy_tissue_only(checkpoint: Path) -> None:
     f = loaded(checkpoint)
-    always = cached(f, override(SMALL, {"finetuning": {"repair_share": 1.0}}))
+    half = cached(f, override(SMALL, {"finetuning": {"repair_share": 0.5}}))["mask"].amax(dim=(1, 2, 3))
     first_of_pair = torch.arange(12) % 4 == 0
-    assert (always["mask"][~first_of_pair] <= 0.5).all()
-    assert (always["mask"][first_of_pair].amax(dim=(1, 2, 3)) == 1).all()
+    assert (half[first_of_pair] == 1).all()
+    assert set(half[~first_of_pair].tolist()) == {0.5, 1.0}
     never = cached(f, override(SMALL, {"finetuning": {"repair_share": 0.0}}))
     assert (never["mask"].amax(dim=(1, 2, 3)) == 1).all()
 

@@ -1,4 +1,5 @@
-"""A trainer that is asked to leave within a segment leaves a checkpoint; whoever goes on ends with the same bits."""
+"""A trainer that is asked to leave within a segment, or whose time for it is nearly over, leaves a checkpoint; whoever
+goes on ends with the same bits."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from meddiff.settings import Settings
 from meddiff.store.keys import JobKeys
 from meddiff.store.objects import ObjectStore
 from meddiff_services import worker as workers
+from meddiff_services.trainer import tasks as tasks_of_trainer
 from meddiff_services.worker import Worker
 
 STEPS = 60
@@ -69,7 +71,10 @@ def once_it_trains(worker: Worker, job_id: str, what: Callable[[], None]) -> Non
     what()
 
 
-def test_a_segment_left_halfway_goes_on_where_it_was(settings: Settings, store: ObjectStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("why", ["asked to leave", "time is over"])
+def test_a_segment_left_halfway_goes_on_where_it_was(
+    settings: Settings, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
     folder = tmp_path / "phantoms"
     phantoms.write(folder, pairs=12, backgrounds=0)
     settings = settings.model_copy(update={"file_roots": {"local": (tmp_path,)}})
@@ -79,7 +84,10 @@ def test_a_segment_left_halfway_goes_on_where_it_was(settings: Settings, store: 
     assert worker.run(tasks[0]) == "done"
 
     def leave() -> None:
-        workers._leaving[0] = 1
+        if why == "asked to leave":
+            workers._leaving[0] = 1
+        else:
+            monkeypatch.setattr(tasks_of_trainer, "TIME_TAKEN", 0.0)
 
     leaving = threading.Thread(target=once_it_trains, args=(worker, JOBS[1], leave))
     leaving.start()
@@ -90,6 +98,7 @@ def test_a_segment_left_halfway_goes_on_where_it_was(settings: Settings, store: 
     assert not store.exists(left.done("mask_generator", 0))
 
     workers._leaving[0] = 0
+    monkeypatch.undo()
     elsewhere = settings.model_copy(update={"scratch": tmp_path / "another machine"})
     successor = Worker(elsewhere, "meddiff_services.trainer.tasks", "test", lambda task: None)
     assert successor.run(tasks[1]) == "done"

@@ -103,6 +103,7 @@ def generate_spec(here: Backends, request: GenerateRequest, job_id: JobId) -> Ge
     faults = [
         *_no_masks(here, request.masks),
         *_missing_dataset(here, "backgrounds", request.backgrounds),
+        *_lesions_to_cover(here, card, request.backgrounds),
         *_recipe_faults(card.recipe if card is not None else CPU, request.recipe),
     ]
     if card is None:
@@ -202,6 +203,19 @@ def _missing_dataset(here: Backends, field: str, dataset_id: str | None) -> list
     return [] if there else [Fault(pointer=f"/{field}", detail="there is no dataset of that id")]
 
 
+def _lesions_to_cover(here: Backends, card: ModelCard | None, dataset_id: str | None) -> list[Fault]:
+    """A model that paints lesions alone covers no old one."""
+    if dataset_id is None or card is None or not card.recipe.finetuning.lesions_alone:
+        return []
+    if (
+        _missing_dataset(here, "backgrounds", dataset_id)
+        or load_dataset(here.store, here.tenant, dataset_id).backgrounds
+    ):
+        return []
+    detail = "the dataset has no lesion-free images, and this model was fine-tuned to paint lesions alone"
+    return [Fault(pointer="/backgrounds", detail=detail)]
+
+
 def _recipe_faults(recipe: Recipe, changes: dict[str, Any]) -> list[Fault]:
     fixed = f"a model's recipe can be changed in {', '.join(sorted(CHANGEABLE))} only"
     faults = [Fault(pointer=f"/recipe/{part}", detail=fixed) for part in changes if part not in CHANGEABLE]
@@ -212,8 +226,11 @@ def _recipe_faults(recipe: Recipe, changes: dict[str, Any]) -> list[Fault]:
     if wanted == "repair" and had != "repair":
         detail = "the model has no repaired backgrounds; fine-tune again to have them"
         faults.append(Fault(pointer="/recipe/inpainting/background", detail=detail))
+    possible = {part: value for part, value in changes.items() if part in CHANGEABLE}
+    if touched:
+        possible["quality"] = {name: value for name, value in changes["quality"].items() if name not in touched}
     try:
-        override(recipe, {part: value for part, value in changes.items() if part in CHANGEABLE})
+        override(recipe, possible)
     except ValidationError as error:
         faults += faults_of(error.errors(), ("body", "recipe"))
     return faults

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Request
 from meddiff.contracts.access import Role
 from meddiff.planning.dispatch import Send
@@ -17,13 +18,15 @@ from meddiff.store.retry import RetryPolicy
 from meddiff_services.gateway.bounds import Bounds
 from meddiff_services.gateway.snapshots import Snapshots
 
+READ_AT_ONCE = 8
 IMPATIENT = RetryPolicy(first=0.05, deadline=1.0)
 
 
 @dataclass(frozen=True)
 class Backends:
     """``store`` and ``leases`` give up early: a caller can ask again, and a job that was accepted is planned by the
-    sweep. ``tenant``, ``key_id`` and ``role`` are those of who asks,
+    sweep. ``reading`` bounds the datasets that are read at once: the others wait without holding a thread.
+    ``tenant``, ``key_id`` and ``role`` are those of who asks,
     ``trace_id`` is the request's."""
 
     settings: Settings
@@ -32,6 +35,7 @@ class Backends:
     send: Send
     bounds: Bounds
     snapshots: Snapshots
+    reading: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(READ_AT_ONCE))
     tenant: str = ""
     key_id: str | None = None
     role: Role = "reader"

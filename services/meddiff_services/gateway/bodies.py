@@ -19,13 +19,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from meddiff_services.gateway.access import Here
 
 MAX_JSON_BYTES = 2**20
+TAKES_ARCHIVES = ("/datasets", "/datasets/validate")
 ZIP = "application/zip"
 JSON = "application/json"
 
 
 class BoundedBodies:
-    """ASGI middleware: 413 for a zip archive above ``max_upload_bytes`` and for any other body above 1 MiB, however
-    its length is declared."""
+    """ASGI middleware: 413 for a zip archive above ``max_upload_bytes``, where one is taken, and for any other body
+    above 1 MiB, however its length is declared."""
 
     def __init__(self, app: ASGIApp, max_upload_bytes: int) -> None:
         self._app, self._max_upload_bytes = app, max_upload_bytes
@@ -35,7 +36,8 @@ class BoundedBodies:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        bound = self._max_upload_bytes if _media_type(headers) == ZIP else MAX_JSON_BYTES
+        archive = scope["path"] in TAKES_ARCHIVES and _media_type(headers) == ZIP
+        bound = self._max_upload_bytes if archive else MAX_JSON_BYTES
         declared = headers.get("content-length", "0")
         received = int(declared) if declared.isdecimal() and int(declared) > bound else 0
 

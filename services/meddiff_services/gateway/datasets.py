@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import IO, Annotated
 
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Response
 from meddiff.contracts.dataset import Dataset, DatasetList, DatasetSummary, ValidationReport
 from meddiff.contracts.problems import Fault, ProblemError, problem
@@ -35,17 +36,25 @@ _REFUSALS = documented("invalid-dataset", "invalid-request", "source-refused", "
 
 
 @router.post("", status_code=201, responses=_REFUSALS, openapi_extra=SOURCE_BODY)
-def create_dataset(origin: Origin, here: Here, response: Response) -> DatasetSummary:
+async def create_dataset(origin: Origin, here: Here, response: Response) -> DatasetSummary:
     """Import a zip archive, or what a URI names. The same data again is the same dataset."""
-    with _opened(origin, here) as source:
-        dataset = import_dataset(source, here.store, here.tenant, lambda done, total: None)
+
+    def imported() -> Dataset:
+        with _opened(origin, here) as source:
+            return import_dataset(source, here.store, here.tenant, lambda done, total: None)
+
+    dataset = await run_sync(imported, limiter=here.reading)
     response.headers["Location"] = f"/datasets/{dataset.id}"
     return dataset.summary()
 
 
 @router.post("/validate", responses=_REFUSALS, openapi_extra=SOURCE_BODY)
-def validate_dataset(origin: Origin, here: Here) -> ValidationReport:
+async def validate_dataset(origin: Origin, here: Here) -> ValidationReport:
     """Judge a zip archive, or what a URI names, without keeping anything: every fault of every file."""
+    return await run_sync(_judged, origin, here, limiter=here.reading)
+
+
+def _judged(origin: str | IO[bytes], here: Backends) -> ValidationReport:
     if isinstance(origin, str) and is_dataset_id(origin):
         held = load_dataset(here.store, here.tenant, origin).summary()
         return ValidationReport(valid=True, dataset_id=held.id, **held.model_dump(exclude={"id"}))

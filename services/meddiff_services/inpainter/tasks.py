@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from meddiff.contracts.tasks import Stage
@@ -37,7 +36,7 @@ def inpaint(work: Work) -> Outcome:
 
 def _model(work: Work) -> Foundation:
     keys = ModelKeys(work.tenant, work.spec.model_id)
-    folder: Path = work.settings.scratch / "models" / work.spec.model_id / "folder"
+    folder = work.model_scratch / "folder"
     fetch_folder(work.store, keys.root + "/", folder, "model.json")
     return load_model(folder, work.spec.recipe, work.settings)
 

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from meddiff.contracts.dataset import Case
 from meddiff.contracts.tasks import Stage
-from meddiff.importing import load_dataset
+from meddiff.importing import load_dataset, load_mask
 from meddiff.importing.pixels import encode_mask
 from meddiff.science import geometry, mask_generator
 from meddiff.seeds import derive
 from meddiff.store.keys import ModelKeys
 
 from meddiff_services.candidates import Candidate, shard_indices
-from meddiff_services.cases import load, training_cases
+from meddiff_services.cases import Masks, training_cases
 from meddiff_services.loading import device, fetch_folder
-from meddiff_services.pictures import Mask
+from meddiff_services.pictures import Mask, decode_mask
 from meddiff_services.worker import Outcome, Work
 
 COARSE = (64, 64)
@@ -37,22 +37,36 @@ class Ground:
     lesion: Mask
 
 
+@dataclass(frozen=True)
+class Lesion:
+    """Of a real case: the share of the image that its lesion covers, and where it lies (``COARSE``)."""
+
+    area: float
+    coarse: Mask
+
+    @classmethod
+    def of(cls, mask: Mask) -> Lesion:
+        return cls(float(mask.mean()), geometry.resize_mask(mask, COARSE))
+
+
 def masks(work: Work) -> Outcome:
     """Shapes and guides of a shard, and the background and donor of each."""
     torch.set_num_threads(work.spec.recipe.work.inference_threads)
     recipe = work.spec.recipe
     cases = training_cases(work, work.spec.dataset_id)
-    real = {case.image_sha256: load(work, work.spec.dataset_id, case).mask for case in cases}
-    donors = [(case, float(real[case.image_sha256].mean())) for case in cases]
-    grounds = _grounds(work, real)
+    real = Masks.of(work, work.spec.dataset_id, cases)
+    pngs = dict(zip((case.image_sha256 for case in cases), real.pngs, strict=True))
+    lesions = [Lesion.of(mask) for mask in real]
+    donors = [(case, lesion.area) for case, lesion in zip(cases, lesions, strict=True)]
+    grounds = _grounds(work, {case.image_sha256: one.coarse for case, one in zip(cases, lesions, strict=True)})
     indices = shard_indices(work)
     seeds = [derive(work.spec.request.seed, "candidate", index) for index in indices]
-    shapes = _shapes(work, list(real.values()), seeds)
+    shapes = _shapes(work, real, seeds)
     candidates = []
     for index, seed, low in zip(indices, seeds, shapes, strict=True):
         ground = choose_ground(low, grounds, derive(seed, "background"))
         shape = mask_generator.place(low, (ground.case.height, ground.case.width))
-        guide = geometry.guide_of(shape, recipe.inpainting.guide_margin, _to_cover(work, ground, real))
+        guide = geometry.guide_of(shape, recipe.inpainting.guide_margin, _to_cover(work, ground, pngs))
         work.store.put(work.keys.candidate(index, "shape"), encode_mask(shape), "image/png")
         work.store.put(work.keys.candidate(index, "guide"), encode_mask(guide), "image/png")
         candidates.append(
@@ -76,39 +90,40 @@ def _shapes(work: Work, real: Sequence[Mask], seeds: Sequence[int]) -> list[Mask
     if work.spec.request.masks is not None:
         dataset = load_dataset(work.store, work.tenant, work.spec.request.masks)
         chosen = [dataset.pairs[derive(seed, "mask") % len(dataset.pairs)] for seed in seeds]
-        return [load(work, dataset.id, case).mask for case in chosen]
+        return list(Masks.of(work, dataset.id, chosen))
     if len(real) < settings.min_masks:
         return [mask_generator.geometric(real, derive(seed, "shape")) for seed in seeds]
     keys = ModelKeys(work.tenant, work.spec.model_id)
-    folder = work.settings.scratch / "models" / work.spec.model_id / "mask_generator"
+    folder = work.model_scratch / "mask_generator"
     fetch_folder(work.store, keys.file("mask_generator") + "/", folder, "config.json")
     unet = mask_generator.load(folder, device(work.settings))
     return mask_generator.sample(unet, work.spec.recipe, [derive(seed, "shape") for seed in seeds], real)
 
 
-def _grounds(work: Work, real: Mapping[str, Mask]) -> list[Ground]:
-    """Backgrounds to choose from: real lesion-free images first; else repaired ones, or the pairs to be covered. One
-    mask is in memory at a time beside the ``real`` ones, which go by the digest of their image."""
+def _grounds(work: Work, own: Mapping[str, Mask]) -> list[Ground]:
+    """Backgrounds to choose from: real lesion-free images first; else repaired ones, or the pairs to be covered.
+    ``own``: the lesion of each training case (``COARSE``) by the digest of its image."""
     dataset_id = work.spec.request.backgrounds or work.spec.dataset_id
     dataset = load_dataset(work.store, work.tenant, dataset_id)
     nothing = np.zeros(COARSE, np.bool_)
     if dataset.backgrounds:
         return [Ground(dataset_id, case, False, nothing) for case in dataset.backgrounds]
     if work.spec.request.backgrounds is not None:
-        covered = ((case, load(work, dataset_id, case).mask) for case in dataset.pairs)
-        return [Ground(dataset_id, case, False, geometry.resize_mask(mask, COARSE)) for case, mask in covered]
+        covered = zip(dataset.pairs, Masks.of(work, dataset_id, dataset.pairs), strict=True)
+        return [Ground(dataset_id, case, False, Lesion.of(mask).coarse) for case, mask in covered]
     cases = training_cases(work, dataset_id)
     if work.spec.recipe.inpainting.background == "repair":
         return [Ground(dataset_id, case, True, nothing) for case in cases]
-    return [Ground(dataset_id, c, False, geometry.resize_mask(real[c.image_sha256], COARSE)) for c in cases]
+    return [Ground(dataset_id, case, False, own[case.image_sha256]) for case in cases]
 
 
-def _to_cover(work: Work, ground: Ground, real: Mapping[str, Mask]) -> Mask | None:
-    """The lesion (H, W) that a background shows."""
+def _to_cover(work: Work, ground: Ground, pngs: Mapping[str, bytes]) -> Mask | None:
+    """The lesion (H, W) that a background shows; ``pngs``: the masks of the training cases by the digest of their
+    image."""
     if ground.repaired or ground.case.mask_sha256 is None:
         return None
-    mask = real.get(ground.case.image_sha256) if ground.dataset_id == work.spec.dataset_id else None
-    return load(work, ground.dataset_id, ground.case).mask if mask is None else mask
+    own = pngs.get(ground.case.image_sha256) if ground.dataset_id == work.spec.dataset_id else None
+    return decode_mask(own or load_mask(work.store, work.tenant, ground.dataset_id, ground.case))
 
 
 def choose_ground(low: Mask, grounds: Sequence[Ground], seed: int) -> Ground:

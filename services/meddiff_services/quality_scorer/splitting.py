@@ -71,6 +71,10 @@ def _judge(spec: EvaluateSpec, found: Sequence[Split]) -> None:
     if tested < LEAST_TESTED:
         detail = f"{tested} case(s) would be left to test on; at least {LEAST_TESTED} are needed"
         raise ProblemError("invalid-dataset", detail)
+    groups = len({group for split in found for group in split.groups})
+    if groups < LEAST_TESTED:
+        detail = f"The test cases are of {groups} patient(s), or nearly the same picture; {LEAST_TESTED} are needed"
+        raise ProblemError("invalid-dataset", detail)
     if all(arm.name == REAL or arm.share < 1 for arm in evaluation.arms(spec.request, found)):
         raise ProblemError("invalid-dataset", "There are too few further cases for an oracle, and no other arm")
 
@@ -105,7 +109,8 @@ def _drawn(spec: EvaluateSpec, cases: Sequence[Case], group_of: Sequence[int]) -
 
     def one_split(train: Sequence[int], extra: Sequence[int], test: Sequence[int]) -> Split:
         groups = tuple(group_of[place] for place in test)
-        return Split(train=named(train), extra=named(extra), test=named(test), groups=groups)
+        real = tuple(group_of[place] for place in (*train, *extra))
+        return Split(train=named(train), extra=named(extra), test=named(test), groups=groups, real_groups=real)
 
     if request.folds is not None:
         parts = splits.folds(group_of, request.folds, request.seed)
@@ -154,6 +159,7 @@ def _given(work: Work, cases: Sequence[Case], group_of: Sequence[int]) -> list[S
             train=tuple(cases[place].image_sha256 for place in train),
             test=tuple(case.image_sha256 for _, case in tests),
             groups=tuple(splits.groups(patients, vectors, spec.recipe.evaluation.near_duplicate)),
+            real_groups=tuple(group_of[place] for place in train),
         )
     ]
 

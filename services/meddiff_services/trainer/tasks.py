@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from meddiff import __version__, metrics
 from meddiff.contracts.dataset import Case
 from meddiff.contracts.manifest import Component
 from meddiff.contracts.models import ModelCard
+from meddiff.contracts.problems import Fault, ProblemError
 from meddiff.contracts.tasks import Marker, Stage
 from meddiff.importing import load_dataset
 from meddiff.science import finetune, geometry, inpainting, mask_generator
@@ -25,13 +26,20 @@ from meddiff.store.keys import ModelKeys, model_name
 from meddiff.store.objects import NotFound
 from safetensors.torch import load_file, save_file
 
-from meddiff_services.cases import Stored, finetuning_recipe, imported, load, training_cases
+from meddiff_services.cases import Masks, Stored, finetuning_recipe, imported, load, training_cases
 from meddiff_services.loading import device, fingerprint, load_encoder, load_foundation
-from meddiff_services.pictures import Pixels, sheet
+from meddiff_services.pictures import Mask, Pixels, sheet
 from meddiff_services.trainer.segmenting import segmenter, stop
 from meddiff_services.worker import Outcome, Stopped, Work
 
 KEPT_CHECKPOINTS = 2
+PAIRS_IN_MEMORY = 30
+UNSEEN = Fault(
+    pointer="/recipe/override/foundation/source",
+    detail="its U-Net sees no mask, so it cannot tell the lesion from what is repainted as healthy: take an inpainting "
+    "model, of 9 channels, or recipe paper, whose guide is the lesion alone",
+)
+TIME_TAKEN = 0.9  # Of the time a task may take: the rest is for leaving a checkpoint.
 LATELY = 20  # Steps whose median time says how fast training is.
 
 
@@ -39,14 +47,18 @@ def cache(work: Work) -> Outcome:
     """Latents, masked-image latents and guides of every variant of every pair, and the prompt embedding: once a job."""
     torch.set_num_threads(work.spec.recipe.work.training_threads)
     dataset_id = imported(work)
-    pairs = [load(work, dataset_id, case) for case in training_cases(work, dataset_id)]
+    read = lru_cache(maxsize=PAIRS_IN_MEMORY)(partial(_pair, work, dataset_id))
+    pairs = Stored(work, [partial(read, case) for case in training_cases(work, dataset_id)])
     dataset = load_dataset(work.store, work.tenant, dataset_id)
     backgrounds = Stored(work, [partial(_image, work, dataset_id, case) for case in dataset.backgrounds])
     recipe = finetuning_recipe(work)
+    model = load_foundation(recipe.foundation, work.settings, work.store)
+    if not (model.sees_the_mask or recipe.finetuning.lesions_alone):
+        raise ProblemError("invalid-request", f"{recipe.foundation.source} does not suit the recipe", [UNSEEN])
     begun = time.monotonic()
     tensors = finetune.build_cache(
-        load_foundation(recipe.foundation, work.settings, work.store),
-        [(p.image, p.mask) for p in pairs],
+        model,
+        pairs,
         backgrounds,
         recipe,
         derive(work.spec.request.split_seed, "cache"),
@@ -58,6 +70,11 @@ def cache(work: Work) -> Outcome:
     _save(tensors, path)
     work.store.upload_file(work.keys.cache, path)
     return Outcome(units=len(pairs), output={})
+
+
+def _pair(work: Work, dataset_id: str, case: Case) -> tuple[Pixels, Mask]:
+    pair = load(work, dataset_id, case)
+    return pair.image, pair.mask
 
 
 def _image(work: Work, dataset_id: str, case: Case) -> Pixels:
@@ -84,12 +101,18 @@ def _cached(work: Work) -> dict[str, torch.Tensor]:
 
 def _segment(work: Work, part: Stage, steps: int, segment_steps: int, train: Train) -> tuple[TrainingState, Outcome]:
     """Train steps [start, stop) of ``part`` from the newest checkpoint before ``stop``, and leave the next one. A
-    worker that is asked to leave within it leaves a checkpoint of where it is."""
+    worker that is asked to leave within it, or whose time for a task is nearly over, leaves a checkpoint of where it
+    is."""
     torch.set_num_threads(work.spec.recipe.work.training_threads)
     start = work.shard * segment_steps
     stop = min(start + segment_steps, steps)
     begun = _newest_checkpoint(work, part, range(start, stop))
     log = [entry for entry in _stored_log(work, part) if entry.step <= begun] if begun > start else []
+
+    entered = time.monotonic()
+
+    def should_stop() -> bool:
+        return work.should_stop() or time.monotonic() - entered > TIME_TAKEN * work.settings.task_seconds
 
     def on_step(entry: StepLog) -> None:
         log.append(entry)
@@ -99,11 +122,12 @@ def _segment(work: Work, part: Stage, steps: int, segment_steps: int, train: Tra
         work.tell(entry.step, steps, "steps", loss=entry.loss, learning_rate=entry.learning_rate, seconds=lately)
 
     try:
-        state = train(_load_checkpoint(work, part, begun) if begun else None, stop, on_step)
+        state = train(_load_checkpoint(work, part, begun) if begun else None, stop, on_step, should_stop)
     except FloatingPointError:
         metrics.TRAINING_LOSS.labels(part).set(float("nan"))
         raise
-    if state.step == stop or (work.leaving and state.step > begun):
+    left_alone = not work.should_stop() or work.leaving
+    if state.step == stop or (left_alone and state.step > begun):
         work.store.put(work.keys.training_log(part, work.shard), _log_lines(log), "application/x-ndjson")
         _save_checkpoint(work, part, state)
     if state.step != stop:
@@ -122,7 +146,7 @@ def _segment(work: Work, part: Stage, steps: int, segment_steps: int, train: Tra
     return state, Outcome(units=stop - start, output={"step": stop, "mean_loss": float(np.mean(losses))})
 
 
-Train = Callable[[TrainingState | None, int, Callable[[StepLog], None]], TrainingState]
+Train = Callable[[TrainingState | None, int, Callable[[StepLog], None], Callable[[], bool]], TrainingState]
 
 
 def _stored_log(work: Work, part: Stage) -> list[StepLog]:
@@ -183,9 +207,11 @@ def _diffusion_segment(work: Work, part: Stage) -> tuple[TrainingState, Outcome]
     cached = _cached(work)
     model = load_foundation(recipe.foundation, work.settings, work.store)
 
-    def train(state: TrainingState | None, stop: int, on_step: Callable[[StepLog], None]) -> TrainingState:
+    def train(
+        state: TrainingState | None, stop: int, on_step: Callable[[StepLog], None], should_stop: Callable[[], bool]
+    ) -> TrainingState:
         seed = derive(work.spec.request.split_seed, "finetune")
-        return finetune.train(model, cached, recipe, seed, part, state, stop, on_step, work.should_stop)
+        return finetune.train(model, cached, recipe, seed, part, state, stop, on_step, should_stop)
 
     return _segment(work, part, recipe.finetuning.steps, recipe.finetuning.segment_steps, train)
 
@@ -219,13 +245,14 @@ def mask_generator_segment(work: Work) -> Outcome:
     """A segment of the mask DDPM, and shapes it draws so far."""
     recipe = work.spec.recipe
     dataset_id = imported(work)
-    masks = [load(work, dataset_id, case).mask for case in training_cases(work, dataset_id)]
-
+    masks = Masks.of(work, dataset_id, training_cases(work, dataset_id))
     where = device(work.settings)
 
-    def train(state: TrainingState | None, stop: int, on_step: Callable[[StepLog], None]) -> TrainingState:
+    def train(
+        state: TrainingState | None, stop: int, on_step: Callable[[StepLog], None], should_stop: Callable[[], bool]
+    ) -> TrainingState:
         seed = derive(work.spec.request.split_seed, "mask_generator")
-        return mask_generator.train(masks, recipe, seed, state, stop, on_step, work.should_stop, where)
+        return mask_generator.train(masks, recipe, seed, state, stop, on_step, should_stop, where)
 
     settings = recipe.mask_generation
     state, outcome = _segment(work, "mask_generator", settings.steps, settings.segment_steps, train)
@@ -252,7 +279,7 @@ def publish(work: Work) -> Outcome:
     finetuning = recipe.finetuning
     base.unet.load_state_dict(_load_checkpoint(work, "inpainter", finetuning.steps).ema)
     foundations.save(base, folder)
-    if finetuning.separate_repair:
+    if recipe.has_second_unet(len(dataset.backgrounds)):
         base.unet.load_state_dict(_load_checkpoint(work, "repair", finetuning.steps).ema)
         base.unet.save_pretrained(folder / "repair_unet")
     if len(cases) >= recipe.mask_generation.min_masks:
@@ -282,6 +309,7 @@ def publish(work: Work) -> Outcome:
         quality=work.marker("calibrate", 0).output,
         software_version=__version__,
     )
+    work.raise_if_ended()
     work.store.put(keys.card, card.model_dump_json().encode(), "application/json")
     if work.spec.request.name is not None:
         pointer = json.dumps({"model_id": work.spec.model_id}).encode()

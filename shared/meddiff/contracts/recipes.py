@@ -7,9 +7,9 @@ what the design adds to the paper, ``cpu`` is the built-in foundation at 128 px.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from meddiff.contracts.base import Contract
 
@@ -31,10 +31,10 @@ class FoundationChoice(Contract):
 
 class Finetuning(Contract):
     """Eq. 1. ``variants``: augmented versions of each pair whose latents are cached; ``repair_share``: share of
-    training examples that are holes in healthy tissue; ``guide_margin``: range of the guide's margin around the shape,
-    as a share of the shape's equivalent diameter; ``separate_repair``: the paper's second U-Net on inverted masks;
-    ``outside_weight``: what the loss weighs outside the guide; ``edge_weight``: what is added to it along the shape's
-    edge."""
+    training examples that are holes in healthy tissue; in as many again there is one beside the lesion;
+    ``guide_margin``: range of the guide's margin around the shape, as a share of the shape's equivalent diameter;
+    ``separate_repair``: the paper's second U-Net on inverted masks; ``outside_weight``: what the loss weighs outside
+    the guide; ``edge_weight``: what is added to it along the shape's edge."""
 
     prompt: str = Field("An image of hta", min_length=1, max_length=200)
     steps: Annotated[int, Field(ge=1, le=100_000)]
@@ -44,7 +44,7 @@ class Finetuning(Contract):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     variants: Annotated[int, Field(ge=1, le=256)] = 16
     guide_margin: tuple[Unit, Unit] = (0.05, 0.3)
-    repair_share: Unit = 0.25
+    repair_share: Annotated[float, Field(ge=0, le=0.5)] = 0.25
     separate_repair: bool = False
     schedule: Literal["constant", "cosine"] = "constant"
     outside_weight: Unit = 0.0
@@ -52,6 +52,11 @@ class Finetuning(Contract):
     gradient_checkpointing: bool = False
     segment_steps: Positive
     preview_pairs: Annotated[int, Field(ge=0, le=16)] = 4
+
+    @property
+    def lesions_alone(self) -> bool:
+        """Whether all that is painted in training is lesion: the guide is the shape."""
+        return self.guide_margin == (0.0, 0.0) and self.repair_share == 0
 
 
 class MaskGeneration(Contract):
@@ -102,6 +107,15 @@ class Quality(Contract):
     far_quantile: Unit = 0.01
     copy_quantile: Unit = 0.05
     max_shape_iou: Unit = 0.85
+
+    @model_validator(mode="after")
+    def _source_of_encoder(self) -> Self:
+        builtin = self.encoder_source == "builtin"
+        if builtin and self.encoder == "dinov2":
+            raise ValueError("dinov2 is not built in: encoder_source names a folder, an s3:// prefix or a hub id")
+        if not builtin and self.encoder == "efficientnet-lite0":
+            raise ValueError("efficientnet-lite0 is built in: its encoder_source is builtin")
+        return self
 
 
 class Erosion(Contract):
@@ -156,6 +170,22 @@ class Recipe(Contract):
     erosion: Erosion = Erosion()
     evaluation: Evaluation = Evaluation()
     work: Work = Work()
+
+    @model_validator(mode="after")
+    def _paints_what_it_learns(self) -> Self:
+        """A U-Net that has learnt to paint lesions alone paints one wherever the guide is."""
+        faults = []
+        if self.finetuning.lesions_alone and self.inpainting.background == "cover":
+            faults.append("inpainting.background is repair")
+        if self.finetuning.lesions_alone and self.inpainting.guide_margin > 0:
+            faults.append("inpainting.guide_margin is 0")
+        if faults:
+            raise ValueError(f"with finetuning.guide_margin and repair_share 0, {' and '.join(faults)}")
+        return self
+
+    def has_second_unet(self, backgrounds: int) -> bool:
+        """Whether a second U-Net is trained: where it repairs, for ``backgrounds`` lesion-free images spare it."""
+        return self.finetuning.separate_repair and self.inpainting.background == "repair" and not backgrounds
 
 
 SD15_INPAINTING = "stable-diffusion-v1-5/stable-diffusion-inpainting"

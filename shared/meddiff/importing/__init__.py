@@ -6,6 +6,7 @@ from meddiff.importing.datasets import (
     import_dataset,
     load_case,
     load_dataset,
+    load_mask,
     select_cases,
     validate,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "is_dataset_id",
     "load_case",
     "load_dataset",
+    "load_mask",
     "open_source",
     "select_cases",
     "validate",

@@ -120,6 +120,11 @@ def load_case(store: ObjectStore, tenant: str, dataset_id: str, case: Case) -> t
     return image, None if case.mask_sha256 is None else decode_mask(store.get(keys.mask(case.id)))
 
 
+def load_mask(store: ObjectStore, tenant: str, dataset_id: str, case: Case) -> bytes:
+    """The mask of a case that has one, as the PNG that ``decode_mask`` takes."""
+    return store.get(DatasetKeys(tenant, dataset_id).mask(case.id))
+
+
 def first_of_each_picture(dataset: Dataset) -> dict[str, Case]:
     """The pairs by the digest of their image; of those with the same image, the first."""
     return {case.image_sha256: case for case in reversed(dataset.pairs)}

@@ -22,6 +22,7 @@ Mask = NDArray[np.bool_]
 _BLACK, _WHITE = 0.15 * 255, 0.85 * 255
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 258
+_PHOTOMETRIC = 262
 _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _NAMED_MODES = {"CMYK": "CMYK", "LAB": "CIE Lab", "F": "floating-point values", "YCbCr": "raw YCbCr"}
 
@@ -158,6 +159,8 @@ def _open(data: bytes) -> Image.Image:
         raise PixelError(f"its pixels are {_NAMED_MODES[image.mode]}; convert it to RGB or grey")
     if image.mode not in _DEEP_GREY and _bits(image, data) > 8:
         raise PixelError("more than 8 bits a sample in colour or with alpha; save it with 8")
+    if image.mode in _DEEP_GREY and image.format == "TIFF" and _tag(image, _PHOTOMETRIC, 1) == 0:
+        raise PixelError("more than 8 bits a sample with 0 for white; save it with 0 for black")
     return image
 
 
@@ -166,8 +169,13 @@ def _bits(image: Image.Image, data: bytes) -> int:
     if image.format == "PNG":
         return data[24]
     if image.format == "TIFF":
-        return max(int(bits) for bits in image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
+        return max(int(bits) for bits in _tag(image, _BITS_PER_SAMPLE, (1,)))
     return 8
+
+
+def _tag(image: Image.Image, number: int, otherwise: Any) -> Any:
+    """A field of a TIFF's header (TIFF 6.0, section 8)."""
+    return image.tag_v2.get(number, otherwise)  # type: ignore[attr-defined]
 
 
 def _load(image: Image.Image) -> tuple[Image.Image, bool]:

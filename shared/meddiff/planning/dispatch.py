@@ -82,6 +82,8 @@ def _step(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> tuple
         return ()
     if store.exists(keys.end):
         _drop(store, leases, tenant, job_id)
+        if spec.parent is not None:  # Which waits for it, and may not know: a worker ends a job that failed.
+            leases.look_after(tenant, spec.parent, 0)
         return ()
     if spec.parent is not None and store.exists(JobKeys(tenant, spec.parent).end):
         cancel(store, tenant, job_id, datetime.now(UTC))
@@ -100,6 +102,7 @@ def _step(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> tuple
         return decision.due
     for child_id in going_on:
         cancel(store, tenant, child_id, datetime.now(UTC))
+        leases.look_after(tenant, child_id, 0)
     if observed.cancelled and (going_on or leases.runs(tenant, job_id)):
         leases.withdraw(tenant, job_id)
         leases.look_after(tenant, job_id, SOON)

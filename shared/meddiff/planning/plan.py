@@ -118,7 +118,7 @@ def finetune_steps(recipe: Recipe, imported: Mapping[str, Any]) -> tuple[Step, .
         Step("inpainter", segments(tuning.steps, tuning.segment_steps), ("cache",), sequential=True),
         Step("calibrate"),
     ]
-    if tuning.separate_repair:
+    if recipe.has_second_unet(imported["backgrounds"]):
         steps.append(Step("repair", segments(tuning.steps, tuning.segment_steps), ("cache",), sequential=True))
         inpainter += ("repair",)
     if recipe.inpainting.background == "repair" and not imported["backgrounds"]:

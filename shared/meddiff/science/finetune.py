@@ -62,18 +62,19 @@ def build_cache(
     encoder. The first variant of a pair is the pair as it is.
 
     Returns CPU tensors ``latents`` and ``masked_latents`` (n, 4, h, w), ``mask`` (n, 1, h, w) graded in [0, 1],
-    ``loss_mask`` (n, 1, h, w) and ``prompt_embeds`` (1, L, D); with ``separate_repair`` also ``repair/latents`` and so
-    on for the second U-Net. ``progress`` gets examples done and in all.
+    ``loss_mask`` (n, 1, h, w) and ``prompt_embeds`` (1, L, D); where there is a second U-Net also ``repair/latents``
+    and so on for it. ``progress`` gets examples done and in all.
     """
     settings = recipe.finetuning
-    parts = ["", "repair/"] if settings.separate_repair else [""]
+    parts = ["", "repair/"] if recipe.has_second_unet(len(backgrounds)) else [""]
     drawn = [(case, variant) for case in range(len(pairs)) for variant in range(settings.variants)]
     cache = {"prompt_embeds": embed_prompt(f, settings.prompt).cpu()}
 
     def prepared(part: str, case: int, variant: int) -> dict[str, Tensor]:
         rng = np.random.default_rng(derive(seed, "example", case, variant))
-        example = _example(pairs, backgrounds, case, recipe, rng, as_it_is=variant == 0)
-        return prepare(vae_factor(f), _inverted(example) if part else example, recipe, rng, as_it_is=variant == 0)
+        first = variant == 0
+        example = _inverted(*pairs[case]) if part else _example(pairs, backgrounds, case, recipe, rng, as_it_is=first)
+        return prepare(vae_factor(f), example, recipe, rng, as_it_is=first)
 
     for n, part in enumerate(parts):
         encoded: list[dict[str, Tensor]] = []
@@ -95,12 +96,12 @@ def _example(
 ) -> Example:
     """A lesion with a guide of random margin; for ``repair_share`` of the examples a hole in healthy tissue instead,
     and for as many again such a hole as well, as in a guide that also covers an old lesion."""
-    image, mask = pairs[case]
+    own = image, mask = pairs[case]
     margin = float(rng.uniform(*recipe.finetuning.guide_margin))
     lesion_guide = geometry.guide_of(mask, margin)
     share = recipe.finetuning.repair_share
     kind = 1.0 if as_it_is else float(rng.random())
-    if kind >= 2 * share:
+    if as_it_is or kind >= 2 * share:
         return Example(image, mask, lesion_guide)
     stamp = pairs[int(rng.integers(len(pairs)))][1]
     if kind < share and backgrounds and rng.random() < 0.5:
@@ -109,7 +110,7 @@ def _example(
     lesion = geometry.dilate(mask, 0.05 * geometry.equivalent_diameter(mask))
     hole = hole_beside(stamp, lesion, rng)
     if hole is None:
-        return Example(*pairs[case], lesion_guide)
+        return Example(*own, lesion_guide)
     hole = geometry.guide_of(hole, margin) & ~lesion
     return Example(image, np.zeros_like(hole), hole) if kind < share else Example(image, mask, lesion_guide | hole)
 
@@ -141,10 +142,9 @@ def _crop_to_box(mask: Mask) -> Mask:
     return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _inverted(example: Example) -> Example:
+def _inverted(image: Image, mask: Mask) -> Example:
     """The paper's example for the U-Net that repairs: everything but the lesion is painted."""
-    healthy = ~example.shape
-    return Example(example.image, healthy, healthy)
+    return Example(image, ~mask, ~mask)
 
 
 def prepare(

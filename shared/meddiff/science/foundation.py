@@ -62,11 +62,14 @@ class Foundation:
         weight = beta**-2 if self.scheduler.config.prediction_type == "v_prediction" else (alpha / beta) ** 2
         return weight.flatten()
 
+    @property
+    def sees_the_mask(self) -> bool:
+        """Whether the graded mask and the masked image are among what the U-Net is given."""
+        return int(self.unet.config.in_channels) > int(self.vae.config.latent_channels)
+
     def unet_input(self, noisy: Tensor, mask: Tensor, masked_latents: Tensor) -> Tensor:
         """What goes into the U-Net: noisy latents alone, or with the graded mask and the masked image's latents."""
-        if self.unet.config.in_channels == noisy.shape[1]:
-            return noisy
-        return torch.cat([noisy, mask, masked_latents], dim=1)
+        return torch.cat([noisy, mask, masked_latents], dim=1) if self.sees_the_mask else noisy
 
 
 def load(source: str | Path, dtype: torch.dtype, device: torch.device, unet_folder: Path | None = None) -> Foundation:

@@ -76,13 +76,11 @@ def train(
     seed. Raises ``ValueError`` if a mask is empty or there is none.
     """
     settings = recipe.mask_generation
-    if not masks or not all(mask.any() for mask in masks):
-        raise ValueError("the mask generator needs masks, none of them empty")
+    clean = _clean(masks, settings.resolution)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(derive(seed, "mask_generator", "weights"))
         unet = build(settings)
     unet = unet.to(device)
-    clean = torch.stack([_signed(mask, settings.resolution) for mask in masks])
     scheduler = DDPMScheduler(**SCHEDULE)
 
     def loss_at(model: nn.Module, step: int, accelerator: Accelerator) -> Tensor:
@@ -109,6 +107,18 @@ def train(
         on_step=on_step,
         should_stop=should_stop,
     )
+
+
+def _clean(masks: Sequence[Mask], resolution: int) -> Tensor:
+    """Every mask (n, 1, res, res) as ``_signed``, one at a time in memory at its own size."""
+    found = []
+    for mask in masks:
+        if not mask.any():
+            raise ValueError("the mask generator needs masks that are not empty")
+        found.append(_signed(mask, resolution))
+    if not found:
+        raise ValueError("the mask generator needs at least one mask")
+    return torch.stack(found)
 
 
 def _signed(mask: Mask, resolution: int) -> Tensor:
@@ -226,9 +236,12 @@ class _Real:
 
     @classmethod
     def of(cls, masks: Sequence[Mask]) -> _Real:
-        areas = [float(mask.mean()) for mask in masks]
-        holes = [(ndimage.binary_fill_holes(mask) & ~mask).sum() > SPECK * mask.sum() for mask in masks]
-        return cls(min(areas), max(areas), tuple(count_components(mask) for mask in masks), any(holes))
+        areas, components, holes = [], [], []
+        for mask in masks:
+            areas.append(float(mask.mean()))
+            components.append(count_components(mask))
+            holes.append((ndimage.binary_fill_holes(mask) & ~mask).sum() > SPECK * mask.sum())
+        return cls(min(areas), max(areas), tuple(components), any(holes))
 
 
 def place(shape: Mask, size: tuple[int, int]) -> Mask:

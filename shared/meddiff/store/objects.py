@@ -26,8 +26,8 @@ from meddiff.store.retry import RetryPolicy
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
-_REGION = "us-east-1"  # Named so that no client asks the store for it; presigning needs no request at all.
 _PAGE = 1000
+_SIGNED_FOR = timedelta(hours=1)  # By this machine's clock, which may be slow.
 _MISSING = frozenset({"NoSuchKey", "NoSuchObject"})
 _CLIENT_ERRORS = (S3Error, ServerError, InvalidResponseError, urllib3.exceptions.HTTPError)
 _TRANSIENT = frozenset({"InternalError", "ServiceUnavailable", "SlowDown", "SlowDownWrite", "RequestTimeout"})
@@ -83,7 +83,7 @@ class ObjectStore:
             access_key=settings.s3_access_key.get_secret_value(),
             secret_key=settings.s3_secret_key.get_secret_value(),
             secure=settings.s3_secure,
-            region=_REGION,
+            region=settings.s3_region,  # Named so that no client asks the store for it.
             http_client=self._http,
         )
 
@@ -131,7 +131,7 @@ class ObjectStore:
 
         def attempt() -> bool:
             again = next(tries) > 0
-            url = self._client.get_presigned_url("PUT", self.bucket, key, expires=timedelta(minutes=5))
+            url = self._client.get_presigned_url("PUT", self.bucket, key, expires=_SIGNED_FOR)
             headers = {"If-None-Match": "*", "Content-Type": content_type}
             response = self._http.request("PUT", url, body=data, headers=headers)
             if response.status in (409, 412):

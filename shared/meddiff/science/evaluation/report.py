@@ -185,7 +185,8 @@ def gains_by_size(rows: Sequence[Row], arm: str) -> tuple[SizeGain, ...]:
     for low, high in pairwise(edges):
         inside = {case for case, area in areas.items() if low <= area < high}
         some = [[row for row in by_arm[name] if row.case in inside] for name in (arm, REAL)]
-        if len(inside) >= LEAST_SIZED and (change := differences(some[0], some[1])):
+        groups = {row.case if row.group is None else row.group for row in some[1]}
+        if len(groups) >= LEAST_SIZED and (change := differences(some[0], some[1])):
             found.append(SizeGain(low=low, high=high, cases=len(inside), gain=_points(gain(change))))
     return tuple(found)
 

@@ -28,13 +28,14 @@ OnStep = Callable[[int, int], None]
 class Material:
     """What an arm's segmenters are trained on. Pairs may be read as they are asked for: only small copies of them are
     kept. ``made_from``: of each synthetic pair the places of the real ones that
-    it shows (its donor, its background). ``patients``: of each real one whose it is; where empty, all differ."""
+    it shows (its donor, its background). ``groups``: of each real one the number that cases of one patient, or nearly
+    the same picture, share; where empty, all differ."""
 
     real: Sequence[Pair]
     synthetic: Sequence[Pair] = ()
     made_from: Sequence[frozenset[int]] = ()
     mixing: Mixing = "joint"
-    patients: Sequence[str] = ()
+    groups: Sequence[int] = ()
 
 
 def stop_curve(
@@ -42,11 +43,10 @@ def stop_curve(
 ) -> dict[int, float]:
     """Mean Dice of the training cases, each held aside in one of ``settings.inner_folds`` trainings, by steps trained.
 
-    A patient's cases are held aside together. A synthetic pair that shows one of them is left out of that training.
+    Cases of a group are held aside together. A synthetic pair that shows one of them is left out of that training.
     """
-    patients = material.patients
-    several = len(set(patients)) > 1  # Of one patient's cases each is held aside alone.
-    group_of = [patients.index(name) for name in patients] if several else range(len(material.real))
+    several = len(set(material.groups)) > 1  # Of one group's cases each is held aside alone.
+    group_of = material.groups if several else range(len(material.real))
     parts = splits.folds(group_of, min(settings.inner_folds, len(set(group_of))), seed)
     dice: dict[int, list[float]] = defaultdict(list)
     real, synthetic = _pairs(material, settings)
