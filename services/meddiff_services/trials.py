@@ -54,7 +54,8 @@ def material(work: Work, number: int, arm: Arm) -> Material:
     known = cases_by_digest(work)
     cases = [known[digest] for digest in wanted]
     real = Stored(work, [partial(_real, work, *case) for case in cases])
-    groups = split.real_groups[: len(cases)]
+    group_of = work.marker("split", 0).output.get("real_groups")
+    groups = group_of[number][: len(cases)] if group_of else ()
     if arm.source is None:
         return Material(real, groups=groups)
     pairs = made(work, number)[: arm.pairs]

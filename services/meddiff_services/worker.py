@@ -325,7 +325,8 @@ class Worker:
         """``tidy`` whenever the work turns to another job."""
         if job_id != self._job_id:
             self._job_id = job_id
-            tidy(self.settings.scratch, self.store)
+            with suppress(OSError):  # Another process of this machine may tidy as well.
+                tidy(self.settings.scratch, self.store)
 
     def _record(self, task: Task, error: Exception) -> None:
         """A fault record: the kind of error and where it arose, none of the data it arose from."""
@@ -356,7 +357,7 @@ def _tidy_now_and_then(settings: Settings, left: threading.Event) -> None:
     """``tidy`` in a worker that may have nothing to do: what is deleted is to go from its disk too."""
     store = ObjectStore.from_settings(settings)
     while not left.wait(settings.tidy_seconds):
-        with suppress(StoreError, OSError):
+        with suppress(StoreError, OSError, ValueError):
             tidy(settings.scratch, store)
 
 

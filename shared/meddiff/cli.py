@@ -175,8 +175,11 @@ def evaluate(
         choices["synthetic"] = pairs
     with _client(url) as client:
         EvaluateRequest(dataset_uri=dataset, test_uri=test, **choices)  # Its faults, before anything is imported.
-        tested = test if test is None else _imported(client, test)
-        job = client.evaluate(_imported(client, dataset), test_uri=tested, **choices)
+        named = [one for one in (dataset, test) if one is not None]
+        for one in named:
+            _refuse_absent(one)
+        imported, *tested = [_imported(client, one) for one in named]
+        job = client.evaluate(imported, test_uri=tested[0] if tested else None, **choices)
         _follow(client, job, detach=detach, as_json=as_json, on_success=lambda: _keep_page(client, job, page))
 
 
@@ -248,6 +251,7 @@ def validate(
 ) -> None:
     """Judge a dataset, naming every fault."""
     with _client(url) as client:
+        _refuse_absent(dataset)
         report = client.validate(Path(dataset) if Path(dataset).exists() else dataset)
     if as_json:
         _print_json(report)
@@ -310,14 +314,19 @@ def _client(url: str | None) -> Iterator[Client]:
 
 
 def _imported(client: Client, dataset: str) -> str:
-    """The id of a dataset that lies on this machine, once it is imported; else what was given. Raises ``ValueError``
-    where it is neither here nor the form of an address or an id."""
+    """The id of a dataset that lies on this machine, once it is imported; else what was given. Raises as
+    ``_refuse_absent`` does."""
+    _refuse_absent(dataset)
     if Path(dataset).exists():
         err.print("importing the dataset")
         return client.upload(Path(dataset)).id
-    if "://" not in dataset and not dataset.startswith("ds_"):
-        raise ValueError(f"no folder or archive of that name is here: {dataset}")
     return dataset
+
+
+def _refuse_absent(dataset: str) -> None:
+    """Raises ``ValueError`` for what is neither on this machine nor of the form of an address or an id."""
+    if not (Path(dataset).exists() or "://" in dataset or dataset.startswith("ds_")):
+        raise ValueError(f"no folder or archive of that name is here: {dataset}")
 
 
 def _address() -> str:

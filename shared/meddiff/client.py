@@ -31,6 +31,8 @@ DELIVERED = ("image", "label", "shape", "guide")
 """The pictures of a pair that ``pull`` fetches."""
 
 _TRIES = 4
+_AWAY = frozenset({502, 503, 504})
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _WAIT_SECONDS = 5
 _OUTAGE_SECONDS = 120.0
 _DOWNLOADS_AT_ONCE = 4
@@ -49,15 +51,18 @@ class Client:
     API key, else that of the environment's ``MEDDIFF_API_KEY``; a service on loopback may need none.
 
     Every method raises ``ServiceError`` where the service answers with a problem and ``httpx.TransportError`` where it
-    does not answer at all. Calls are repeated a few times while the service is unreachable or answers 503; a ``POST``
-    carries an ``Idempotency-Key``, so a repeated one starts nothing twice.
+    does not answer at all. Calls are repeated a few times while the service is unreachable or answers 503, or a
+    proxy 502 or 504 for it; a ``POST`` carries an ``Idempotency-Key``, so a repeated one starts nothing twice.
     """
 
     def __init__(self, base_url: str, *, key: str | None = None, timeout: float = 60.0) -> None:
         self.base_url = base_url
         token = key or os.environ.get("MEDDIFF_API_KEY")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.Client(base_url=base_url, headers=headers, timeout=timeout, follow_redirects=True)
+        here = httpx.URL(base_url).host in _LOOPBACK  # What goes to this machine is no proxy's to see.
+        self._http = httpx.Client(
+            base_url=base_url, headers=headers, timeout=timeout, follow_redirects=True, trust_env=not here
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -272,7 +277,7 @@ class Client:
             try:
                 return self._get(path, **options)
             except (httpx.TransportError, ServiceError) as error:
-                refused = isinstance(error, ServiceError) and error.problem.status != httpx.codes.SERVICE_UNAVAILABLE
+                refused = isinstance(error, ServiceError) and error.problem.status not in _AWAY
                 if refused or time.monotonic() > until:
                     raise
 
@@ -291,7 +296,7 @@ class Client:
             try:
                 with upload.open("rb") if upload else nullcontext() as content:
                     response = self._http.request(method, path, content=content, **options)
-                if response.status_code != httpx.codes.SERVICE_UNAVAILABLE or not again:
+                if response.status_code not in _AWAY or not again:
                     break
             except httpx.TransportError:
                 if not again:

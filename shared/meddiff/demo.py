@@ -24,6 +24,7 @@ MODEL_NAME = "demo"
 
 
 REMOVED = ("stack", "pairs", "phantoms")
+RESULTS = ("manifest.json", "contact_sheet.png", "preview.png")
 MARK = ".demo"
 """A file that says that what a demo removes is a demo's."""
 
@@ -116,7 +117,7 @@ def _problem_text(job: Job) -> str:
 
 
 def _refuse_to_remove(dataset: Path | None, folder: Path) -> None:
-    for name in REMOVED:
+    for name in (*REMOVED, *RESULTS):
         one = (folder / name).resolve()
         if dataset is not None and (dataset.resolve().is_relative_to(one) or one.is_relative_to(dataset.resolve())):
             raise ValueError(
@@ -133,7 +134,7 @@ def _clear(folder: Path) -> None:
     stack.down(folder / "stack")
     for name in REMOVED:
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("manifest.json", "contact_sheet.png", "preview.png"):
+    for name in RESULTS:
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()

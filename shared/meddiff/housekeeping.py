@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Literal
 
 from meddiff.contracts.base import sha256_hex
@@ -21,6 +22,9 @@ GRACE = timedelta(hours=1)
 
 FAILED_KEPT = timedelta(days=7)
 """How long what failed and cancelled jobs left stays, for whoever wants to know why."""
+
+AT_ONCE = 200
+"""Orphans that are removed together: few, for what was found long ago may belong to something again."""
 
 IDEMPOTENCY_KEPT = timedelta(days=30)
 
@@ -69,10 +73,10 @@ def tidy(store: ObjectStore, now: datetime) -> int:
         for spec in _specs(store, tenant):
             if not store.exists(JobKeys(tenant, spec.id).end) and not store.exists(active(tenant, spec.id)):
                 store.put(active(tenant, spec.id), b"")  # One that has ended meanwhile the sweep drops again.
-    removed = 0
-    for finding in orphans(store, now):  # Each at once: later it may belong to something again.
-        store.delete([finding.key])
-        removed += 1
+    removed, found = 0, orphans(store, now)
+    while doomed := [finding.key for finding in islice(found, AT_ONCE)]:
+        store.delete(doomed)
+        removed += len(doomed)
     return removed
 
 

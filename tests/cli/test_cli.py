@@ -83,7 +83,7 @@ def test_an_evaluation_s_faults_are_listed_before_anything_is_imported(meddiff: 
         assert "importing" not in result.stderr
 
 
-@pytest.mark.parametrize("command", ["finetune", "evaluate"])
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "validate"])
 def test_a_folder_that_is_not_there_is_named(meddiff: Command, command: str) -> None:
     result = meddiff(command, "out/no-such-folder")
     assert result.exit_code == 1
@@ -159,6 +159,13 @@ def test_a_stack_that_has_ended_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("MEDDIFF_S3_ENDPOINT", raising=False)
     result = CliRunner().invoke(app, ["admin", "keys", "list"])
     assert (result.exit_code, "gateway has ended" in result.stderr) == (1, True)
+
+
+def test_a_demo_removes_no_manifest_that_is_not_its_own(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("mine")
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert (result.exit_code, "manifest.json is no demo's" in result.stderr) == (1, True)
+    assert (tmp_path / "manifest.json").read_text() == "mine"
 
 
 @pytest.mark.parametrize("dataset", ["phantoms", "pairs/of a patient", ".", "elsewhere"])

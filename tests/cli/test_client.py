@@ -6,6 +6,7 @@ import hashlib
 import threading
 import zipfile
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -148,6 +149,36 @@ def test_an_upload_that_is_too_large_is_a_problem(client: Client, gateway: Gatew
 def test_a_service_that_is_not_there() -> None:
     with Client("http://127.0.0.1:9") as nowhere, pytest.raises(httpx.ConnectError):
         nowhere.models()
+
+
+def test_what_goes_to_this_machine_passes_no_proxy(
+    client: Client, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Client(gateway.url) as fresh:
+        assert fresh.recipes() == client.recipes()
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_proxy_before_a_service_that_is_away_is_asked_again(status: int) -> None:
+    answers = iter([status, status, 200])
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b'{"models": [], "next": null}'
+            self.send_response(next(answers))
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with HTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{server.server_port}") as behind:
+            assert behind.models() == ()
+        server.shutdown()
 
 
 def test_many_downloads_at_once_share_a_client(client: Client, made: Generated, tmp_path: Path) -> None:

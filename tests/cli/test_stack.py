@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import time
 from pathlib import Path
 
 import httpx
@@ -77,10 +76,10 @@ def test_a_stack_is_not_started_twice(tmp_path: Path) -> None:
 def test_a_later_process_of_the_same_id_is_left_alone(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("\n".join(f"line {n}" for n in range(50)))
-    mine = Member(name="gateway", pid=os.getpid(), started=psutil.Process().create_time(), log=log)
+    mine = Member(name="gateway", pid=os.getpid(), started=stack._started(psutil.Process()), log=log)
     assert mine.process() == psutil.Process()
     assert mine.log_tail(2) == "line 48\nline 49"
-    former = mine.model_copy(update={"started": time.time() - 1e6})
+    former = mine.model_copy(update={"started": f"{mine.started}0"})
     assert former.process() is None
     (tmp_path / "stack.json").write_text(Stack(address="http://127.0.0.1:9", members=(former,)).model_dump_json())
     assert stack.down(tmp_path) == ()

@@ -50,6 +50,20 @@ def slug(response: httpx.Response) -> str:
     return str(response.json()["type"]).rpartition(":")[2]
 
 
+def test_events_end_where_the_key_is_revoked(guarded: Gateway, caller: Caller) -> None:
+    asks = caller("cardiology", "operator")
+    dataset = put_dataset(guarded.store, "cardiology")
+    job = asks.post("/finetune", json={"dataset_uri": dataset.id}).json()["id"]
+    with asks.stream("GET", f"/jobs/{job}/events") as response:
+        lines = response.iter_lines()
+        assert any(line.startswith("event: job") for line in lines)
+        token = asks.headers["Authorization"].removeprefix("Bearer ")
+        key = access.find_key(guarded.store, token)
+        assert key is not None
+        access.revoke_key(guarded.store, key.id)
+        assert [line for line in lines if line.startswith("event: job")] == []
+
+
 PLACES = [
     ("GET", "/jobs"), ("GET", "/jobs/x"), ("GET", "/jobs/x/manifest"), ("GET", "/jobs/x/events"), ("GET", "/datasets"),
     ("GET", "/models"), ("GET", "/audit"), ("POST", "/finetune"), ("POST", "/generate"), ("POST", "/evaluate"),

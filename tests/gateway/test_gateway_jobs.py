@@ -79,11 +79,10 @@ def test_what_a_model_cannot_do_is_refused(gateway: Gateway) -> None:
 @pytest.mark.parametrize(
     ("recipe", "override", "pointer"),
     [
-        ("gpu", {"quality": {"encoder": "efficientnet-lite0"}}, "/recipe/override/quality"),
-        ("cpu", {"quality": {"encoder": "dinov2"}}, "/recipe/override/quality"),
-        ("paper", {"inpainting": {"background": "cover"}}, "/recipe/override"),
-        ("cpu", {"finetuning": {"guide_margin": [0, 0], "repair_share": 0}}, "/recipe/override"),
-        ("cpu", {"finetuning": {"repair_share": 0.6}}, "/recipe/override/finetuning/repair_share"),
+        ("gpu", {"quality": {"encoder": "efficientnet-lite0"}}, "/recipe/override/quality/encoder_source"),
+        ("cpu", {"quality": {"encoder": "dinov2"}}, "/recipe/override/quality/encoder_source"),
+        ("paper", {"inpainting": {"background": "cover"}}, "/recipe/override/inpainting/background"),
+        ("paper", {"inpainting": {"guide_margin": 0.1}}, "/recipe/override/inpainting/guide_margin"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(
@@ -92,6 +91,9 @@ def test_values_that_do_not_go_together_are_refused(
     response = accept_finetune(gateway, recipe={"name": recipe, "override": override})
     assert response.status_code == 422
     assert pointers(response) == {pointer}
+    dataset = put_dataset(gateway.store, gateway.tenant).id
+    body = {"dataset_uri": dataset, "folds": 2, "recipe": {"name": recipe, "override": override}}
+    assert pointers(gateway.http.post("/evaluate", json=body)) == {pointer}
 
 
 def test_a_model_that_paints_lesions_alone_covers_none(gateway: Gateway) -> None:
@@ -102,7 +104,7 @@ def test_a_model_that_paints_lesions_alone_covers_none(gateway: Gateway) -> None
     body = {"model": card.id, "count": 1, "backgrounds": dataset.id, "recipe": changes}
     response = gateway.http.post("/generate", json=body)
     assert response.status_code == 422
-    assert pointers(response) == {"/backgrounds", "/recipe"}
+    assert pointers(response) == {"/backgrounds", "/recipe/inpainting/background"}
 
 
 def test_an_accepted_finetune_sends_its_import(gateway: Gateway) -> None:
@@ -249,6 +251,19 @@ def test_waiting_ends_with_a_change_and_not_before(gateway: Gateway) -> None:
     waiting.join()
     assert answers[0].json()["status"] == "cancelled"
     assert time.monotonic() - begun < 15
+
+
+def test_jobs_that_wait_are_listed_by_pages_newest_first(gateway: Gateway) -> None:
+    waiting = [accept_finetune(gateway).json()["id"] for _ in range(3)]
+    found: list[str] = []
+    cursor = None
+    while len(found) < 3:
+        page = gateway.http.get(
+            "/jobs", params={"status": "queued", "limit": 2, **({"cursor": cursor} if cursor else {})}
+        )
+        found += [job["id"] for job in page.json()["jobs"]]
+        cursor = page.json()["next"]
+    assert found[:3] == waiting[::-1]
 
 
 def test_a_list_is_paged_newest_first_and_filtered(gateway: Gateway) -> None:

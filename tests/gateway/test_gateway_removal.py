@@ -114,14 +114,6 @@ def test_a_model_goes_with_its_name_unless_another_bears_it(gateway: Gateway) ->
     assert not gateway.store.exists(model_name(gateway.tenant, "twice"))
 
 
-def test_the_model_before_it_has_its_name_again(gateway: Gateway) -> None:
-    dataset = put_dataset(gateway.store, gateway.tenant)
-    cards = [put_model(gateway.store, gateway.tenant, dataset, "again") for _ in range(3)]
-    for left in (cards[1], cards[0]):
-        assert gateway.http.delete("/models/again").status_code == 204
-        assert gateway.http.get("/models/again").json()["id"] == left.id
-
-
 def test_datasets_and_models_are_listed_by_pages(gateway: Gateway) -> None:
     gateway.store.delete_prefix(f"t/{gateway.tenant}/")
     datasets = [put_dataset(gateway.store, gateway.tenant, level) for level in (10, 20, 30, 40, 50)]

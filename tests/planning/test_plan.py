@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jobspecs import finetune, generate, imported, scored, small
 from meddiff.contracts.jobs import FinetuneSpec, GenerateSpec, Spec
 from meddiff.contracts.tasks import Stage, Task
-from meddiff.planning.plan import Ending, Observed, finetune_steps, plan, segment_range, segments
+from meddiff.planning.plan import Ending, Observed, finetune_steps, plan, segment_range, segments, training_steps
 from meddiff.planning.selection import Entry, Selection, Tally, budget, fold, select
 
 Key = tuple[Stage, int]
@@ -158,7 +158,8 @@ def test_a_finetune_converges_to_the_same_markers(recipe: Any, backgrounds: int,
     assert same == ending
     assert wild.markers == calm.markers
     assert ending.status == "succeeded"
-    assert ending.result == {"model_id": wild.spec.model_id, "dataset_id": output["dataset_id"]}
+    steps = training_steps(wild.spec.recipe, output)
+    assert ending.result == {"model_id": wild.spec.model_id, "dataset_id": output["dataset_id"], "steps": steps}
 
 
 @given(recipes, st.integers(1, 20), st.sampled_from([0.0, 0.3, 0.8, 1.0]), mishaps)
@@ -226,6 +227,7 @@ def test_order_of_a_finetune() -> None:
 def test_few_masks_train_no_generator() -> None:
     few = finetune_steps(small(), imported(pairs=7))
     assert "mask_generator" not in [step.stage for step in few]
+    assert training_steps(small(), imported(pairs=7)) == small().finetuning.steps
 
 
 def test_backgrounds_of_the_dataset_need_no_repair() -> None:
@@ -233,6 +235,15 @@ def test_backgrounds_of_the_dataset_need_no_repair() -> None:
     repaired = {step.stage: step for step in finetune_steps(recipe, imported(pairs=30))}
     assert repaired["backgrounds"].shards == 8
     assert "backgrounds" not in [step.stage for step in finetune_steps(recipe, imported(backgrounds=1))]
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("background", ["cover", "repair"])
+@pytest.mark.parametrize("own", [0, 1])
+def test_a_second_u_net_is_trained_where_it_repairs(separate: bool, background: str, own: int) -> None:
+    recipe = small(finetuning={"separate_repair": separate}, inpainting={"background": background})
+    planned = {step.stage for step in finetune_steps(recipe, imported(backgrounds=own))}
+    assert ("repair" in planned) == recipe.has_second_unet(own) == (separate and "backgrounds" in planned)
 
 
 @pytest.mark.parametrize(("steps", "length"), [(10, 4), (8, 4), (1, 60), (360, 60)])

@@ -119,6 +119,12 @@ def test_one_waits_for_earlier_jobs_of_the_tenant_and_shares_with_other_tenants(
     assert wait(mine, [in_line("b", 0, 500)], 2, {"b": 4.0}) == 25  # A fifth of two workers.
 
 
+def test_of_jobs_with_equal_places_one_is_before_the_other() -> None:
+    """As the child jobs of an evaluation have."""
+    one, other = (InLine(tenant="a", job_id=job_id, place=5.0, seconds=10.0) for job_id in ("1", "2"))
+    assert [wait(one, [other], 1, {}), wait(other, [one], 1, {})] == [10.0, 20.0]
+
+
 def test_a_line_tells_what_nobody_has_begun_and_each_job_is_in_the_one_it_needs_longest(leases: Leases) -> None:
     leases.learn("inpainting", 3.0)
     leases.offer("a", JOB, 7.0, {"inpainting"}, {"masks": 5, "inpainting": 6, "quality": 6})

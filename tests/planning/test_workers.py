@@ -18,7 +18,7 @@ from jobspecs import finetune, generate, imported, scored, small
 from meddiff.contracts.jobs import End, FinetuneSpec, Spec
 from meddiff.contracts.tasks import QUEUE_OF, Marker, Task, TaskFault
 from meddiff.embedded.servers import start_redis
-from meddiff.planning.dispatch import active_jobs, cancel, finish, sweep
+from meddiff.planning.dispatch import active_jobs, advance, cancel, finish, submit, sweep
 from meddiff.planning.jobs import read_job
 from meddiff.planning.leases import Leases
 from meddiff.planning.plan import Ending, finetune_steps
@@ -229,6 +229,16 @@ def test_a_child_whose_parent_has_ended_is_cancelled(cluster: Cluster) -> None:
     finish(cluster.store, parent, Ending("failed"))
     keys = cluster.submit(child)
     assert cluster.until(lambda: cluster.end_of(keys)).status == "cancelled"
+
+
+def test_a_child_that_a_worker_has_ended_is_known_to_its_parent_at_once(store: ObjectStore, leases: Leases) -> None:
+    child = finetune(job_id=JOBS[1]).model_copy(update={"parent": JOBS[0]})
+    submit(store, child)
+    leases.look_later("local", JOBS[0])
+    finish(store, child, Ending("failed"))
+    assert leases.late() == []
+    advance(store, leases, lambda task: None, "local", child.id)
+    assert leases.late() == [("local", JOBS[0])]
 
 
 def test_a_leaving_worker_stops_at_the_next_step_and_another_takes_up_the_task(cluster: Cluster) -> None:

@@ -257,6 +257,13 @@ def test_a_stop_is_chosen_with_every_case_held_aside_once() -> None:
     assert [step for step, _ in told] == sorted(step for step, _ in told)
 
 
+def test_a_draw_tests_one_case_of_each_patient_before_the_second_of_any() -> None:
+    group_of = [n // 10 for n in range(80)]
+    drawn = splits.draw(group_of, train=2, extra=1, test=6, seed=0)
+    assert sorted(group_of[place] for place in (*drawn.train, *drawn.extra, *drawn.test[:5])) == list(range(8))
+    assert len(drawn.test) == 6
+
+
 @pytest.mark.parametrize(("groups", "trainings"), [("aabbaa", 2), ("aabbcc", 3), ("aaaaaa", 3), ("", 3)])
 def test_a_group_is_held_aside_as_a_whole_where_there_are_several(groups: str, trainings: int) -> None:
     told: list[tuple[int, int]] = []

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -183,6 +184,37 @@ def test_wrong_credentials_and_a_missing_bucket_are_refused_at_once(store: Objec
     with pytest.raises(StoreRefused):
         wrong.create("k", b"")
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "patient"),
+    [(503, "XMinioServerNotInitialized", True), (503, "SlowDownRead", True), (403, "AccessDenied", False)],
+)
+def test_a_store_that_is_not_ready_is_waited_for(settings: Settings, status: int, code: str, patient: bool) -> None:
+    asked: list[str] = []
+
+    class Store(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            ready = len(asked) > 2
+            body = b"there" if ready else f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode()
+            self.send_response(200 if ready else status)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "application/xml")
+            self.end_headers()
+            self.wfile.write(body)
+
+    with HTTPServer(("127.0.0.1", 0), Store) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        there = settings.model_copy(update={"s3_endpoint": f"127.0.0.1:{server.server_port}"})
+        store = ObjectStore(there, RetryPolicy(first=0.01, deadline=5.0))
+        if patient:
+            assert store.get("key") == b"there"
+        else:
+            with pytest.raises(StoreRefused):
+                store.get("key")
+        server.shutdown()
+    assert len(asked) == (3 if patient else 1)
 
 
 def test_retries_stop_at_the_first_permanent_error() -> None:

@@ -94,6 +94,15 @@ async def _key(
     return key
 
 
+async def still_admitted(request: Request, here: Backends) -> bool:
+    """Whether the key of a request that is answered for long was not revoked meanwhile."""
+    try:
+        await _key(request, here, await _bearer(request))
+    except ProblemError:
+        return False
+    return True
+
+
 Here = Annotated[Backends, Depends(_admitted)]
 """A route's parameter: the backends for the tenant whose key the request carries."""
 

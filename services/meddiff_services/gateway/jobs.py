@@ -6,24 +6,25 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import structlog
-from fastapi import APIRouter, Body, Depends, Header, Query, Response
+from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from meddiff.contracts.jobs import Job, JobList, Kind, Spec, Status
+from meddiff.contracts.jobs import ENDED, Job, JobList, Kind, Spec, Status
 from meddiff.contracts.problems import Fault, ProblemError
 from meddiff.contracts.requests import EvaluateRequest, FinetuneRequest, GenerateRequest
-from meddiff.planning.dispatch import advance, cancel
+from meddiff.planning.dispatch import active_jobs, advance, cancel
 from meddiff.planning.jobs import read_job
 from meddiff.planning.observe import read_spec
 from meddiff.store.keys import JobKeys, job_of_newest, newest, newest_root
 from meddiff.store.objects import NotFound
 
 from meddiff_services.gateway.acceptance import accept, evaluate_spec, finetune_spec, generate_spec
-from meddiff_services.gateway.access import Here
+from meddiff_services.gateway.access import Here, still_admitted
 from meddiff_services.gateway.backends import Backends
 from meddiff_services.gateway.pages import Cursor, Limit, page, uuid_shown_last
 from meddiff_services.gateway.problems import UNREACHABLE, documented
@@ -119,11 +120,9 @@ def list_jobs(
     """Jobs, newest first."""
     wanted = _pairs(metadata or [])
     last = uuid_shown_last(cursor)
-    specs = (
-        spec
-        for spec in _newest(here, newest(here.tenant, last) if last is not None else None)
-        if kind in (None, spec.kind) and wanted.items() <= spec.request.metadata.items()
-    )
+    unfinished = status is not None and status not in ENDED
+    known = _unfinished(here, last) if unfinished else _newest(here, newest(here.tenant, last) if last else None)
+    specs = (spec for spec in known if kind in (None, spec.kind) and wanted.items() <= spec.request.metadata.items())
     found = (read_job(here.store, here.leases, spec.tenant, spec.id) for spec in specs)
     jobs, following = page((job for job in found if status in (None, job.status)), limit, lambda job: job.id)
     return JobList(jobs=jobs, next=following)
@@ -160,16 +159,19 @@ def _known(job_id: str, here: Here) -> Spec:
 
 @router.get("/jobs/{job_id}/events", response_class=EventSourceResponse, responses=documented("not-found"))
 async def follow_job(
+    request: Request,
     spec: Annotated[Spec, Depends(_known)],
     here: Here,
     last_event_id: Annotated[str | None, Header(description="The id of the last event that was seen")] = None,
 ) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events (WHATWG HTML, section 9.2): the whole job, as ``GET /jobs/{id}`` has it, now and after every
     change, until it has ended. An event's id stands for the state it tells; who comes back with ``Last-Event-ID`` hears
-    of what has changed since, and nothing twice."""
+    of what has changed since, and nothing twice. They end where the key is revoked."""
     known = last_event_id
     while True:
         try:
+            if not await still_admitted(request, here):
+                return
             told = await _told(here, spec.id)
         except UNREACHABLE:
             yield ServerSentEvent(comment="the store does not answer")
@@ -224,6 +226,14 @@ async def _told(here: Backends, job_id: str) -> Told:
 def _read(here: Backends, job_id: str) -> Told:
     spec = find_spec(here, job_id)
     return here.snapshots.keep(spec.tenant, read_job(here.store, here.leases, spec.tenant, spec.id))
+
+
+def _unfinished(here: Backends, last: str | None) -> Iterator[Spec]:
+    """Specs of the jobs that have not ended, newest first, those after ``last``: few, however long the history is."""
+    for tenant, job_id in reversed(active_jobs(here.store)):
+        if tenant == here.tenant and (last is None or job_id < last):
+            with suppress(NotFound):
+                yield read_spec(here.store, tenant, job_id)
 
 
 def _newest(here: Backends, start_after: str | None) -> Iterator[Spec]:

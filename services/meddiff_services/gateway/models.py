@@ -23,7 +23,7 @@ _MODEL_ID = re.compile(r"^md_[0-9a-f]{32}$")
 
 
 def find_model(here: Backends, model: str) -> ModelCard | None:
-    """The model of that id, or the newest of that name."""
+    """The model of that id, or the one that bears the name: the last to be published under it."""
     try:
         if not _MODEL_ID.match(model):
             model = json.loads(here.store.get(model_name(here.tenant, model)))["model_id"]

@@ -40,7 +40,7 @@ def _tidy(here: Backends) -> None:
     """Beside the sweep, for in a large bucket it takes long."""
     try:
         log.info("tidied", removed=housekeeping.tidy(here.store, datetime.now(UTC)))
-    except StoreError as error:
+    except Exception as error:
         log.warning("not tidied", error=type(error).__name__)
 
 

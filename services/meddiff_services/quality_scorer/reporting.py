@@ -49,7 +49,7 @@ def report(work: Work) -> Outcome:
     headline, arm = reports.headline(results, arms)
     painted = arm.source == "synthetic"
     worst, cases = _worst_cases(work, rows, headline.name) if painted else ([], [])
-    doubtful, pairs = _doubtful_pairs(work, len(cut)) if painted else ([], [])
+    doubtful, pairs = _doubtful_pairs(work, len(cut), max(arm.pairs for arm in arms)) if painted else ([], [])
     found = Report(
         job_id=work.spec.id,
         dataset_id=work.marker("import", 0).output["dataset_id"],
@@ -108,13 +108,13 @@ def _worst_cases(work: Work, rows: Sequence[Row], arm: str) -> tuple[list[Worst]
     return found, shown
 
 
-def _doubtful_pairs(work: Work, count: int) -> tuple[list[Worst], list[Pixels]]:
-    """Synthetic pairs on which segmenters of the real cases alone disagree most with the label: what does harm is
-    among them, and so is what no real case has taught."""
+def _doubtful_pairs(work: Work, count: int, used: int) -> tuple[list[Worst], list[Pixels]]:
+    """Of the ``used`` synthetic pairs of each split those on which segmenters of the real cases alone disagree most
+    with the label: what does harm is among them, and so is what no real case has taught."""
     judged: list[tuple[float, int, int, Pixels, Mask, Mask]] = []
     for split in range(count):
         network = _network(work, split, REAL)
-        for pair, _ in made(work, split):
+        for pair, _ in made(work, split)[:used]:
             image = decode_png(work.store.get(pair.image.key))
             label = decode_mask(work.store.get(pair.label.key))
             seen = training.predict(network, image, work.spec.recipe.evaluation.size)
@@ -142,12 +142,21 @@ def page_of(
     """The report as one self-contained HTML page."""
     return _template().render(
         report=found,
+        question=_question(found),
         learning_curve=_svg(_curve_figure(found.curve, found.arms)),
         gains=_svg(_gain_figure(found.arms)),
         worst=[(one, _data_uri(picture)) for one, picture in worst],
         doubtful=[(one, _data_uri(picture)) for one, picture in doubtful],
         stops=[stop.output for stop in stops],
     )
+
+
+def _question(found: Report) -> str:
+    """What the verdict answers: it is of the headline arm."""
+    arm = next(arm for arm in found.arms if arm.name == found.headline)
+    if arm.name.startswith("copy-paste"):
+        return "Are copied and pasted lesions worth training on?"
+    return "Are the synthetic pairs worth training on?" if arm.pairs else "Are more annotated cases worth having?"
 
 
 @cache

@@ -58,7 +58,13 @@ def split(work: Work) -> Outcome:
         notes.append("patients of the two datasets were told apart by their pictures alone")
     if "oracle" in spec.request.arms and not any(arm.share > 1 for arm in evaluation.arms(spec.request, found)):
         notes.append("no oracle: too few further cases, or none that the generator has not seen")
-    return Outcome(len(cases), {"splits": [one.model_dump(mode="json") for one in found], "notes": notes})
+    group = dict(zip((case.image_sha256 for case in cases), group_of, strict=True))
+    output = {
+        "splits": [one.model_dump(mode="json") for one in found],
+        "real_groups": [[group[digest] for digest in (*one.train, *one.extra)] for one in found],
+        "notes": notes,
+    }
+    return Outcome(len(cases), output)
 
 
 def _judge(spec: EvaluateSpec, found: Sequence[Split]) -> None:
@@ -109,8 +115,7 @@ def _drawn(spec: EvaluateSpec, cases: Sequence[Case], group_of: Sequence[int]) -
 
     def one_split(train: Sequence[int], extra: Sequence[int], test: Sequence[int]) -> Split:
         groups = tuple(group_of[place] for place in test)
-        real = tuple(group_of[place] for place in (*train, *extra))
-        return Split(train=named(train), extra=named(extra), test=named(test), groups=groups, real_groups=real)
+        return Split(train=named(train), extra=named(extra), test=named(test), groups=groups)
 
     if request.folds is not None:
         parts = splits.folds(group_of, request.folds, request.seed)
@@ -159,7 +164,6 @@ def _given(work: Work, cases: Sequence[Case], group_of: Sequence[int]) -> list[S
             train=tuple(cases[place].image_sha256 for place in train),
             test=tuple(case.image_sha256 for _, case in tests),
             groups=tuple(splits.groups(patients, vectors, spec.recipe.evaluation.near_duplicate)),
-            real_groups=tuple(group_of[place] for place in train),
         )
     ]
 

@@ -32,14 +32,12 @@ class Arm(Contract):
 
 class Split(Contract):
     """One draw of the cases, by the digests of their images: those that train, further real ones for the oracle (none
-    of the training cases' groups), and those that test, with the number of each one's group in ``groups``; in
-    ``real_groups`` those of the training and the further cases."""
+    of the training cases' groups), and those that test, with the number of each one's group in ``groups``."""
 
     train: tuple[Sha256, ...]
     extra: tuple[Sha256, ...] = ()
     test: tuple[Sha256, ...]
     groups: tuple[int, ...] = ()
-    real_groups: tuple[int, ...] = ()
 
 
 class Row(Contract):

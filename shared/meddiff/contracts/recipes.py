@@ -7,9 +7,9 @@ what the design adds to the paper, ``cpu`` is the built-in foundation at 128 px.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from meddiff.contracts.base import Contract
 
@@ -44,7 +44,7 @@ class Finetuning(Contract):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     variants: Annotated[int, Field(ge=1, le=256)] = 16
     guide_margin: tuple[Unit, Unit] = (0.05, 0.3)
-    repair_share: Annotated[float, Field(ge=0, le=0.5)] = 0.25
+    repair_share: Unit = 0.25
     separate_repair: bool = False
     schedule: Literal["constant", "cosine"] = "constant"
     outside_weight: Unit = 0.0
@@ -108,15 +108,6 @@ class Quality(Contract):
     copy_quantile: Unit = 0.05
     max_shape_iou: Unit = 0.85
 
-    @model_validator(mode="after")
-    def _source_of_encoder(self) -> Self:
-        builtin = self.encoder_source == "builtin"
-        if builtin and self.encoder == "dinov2":
-            raise ValueError("dinov2 is not built in: encoder_source names a folder, an s3:// prefix or a hub id")
-        if not builtin and self.encoder == "efficientnet-lite0":
-            raise ValueError("efficientnet-lite0 is built in: its encoder_source is builtin")
-        return self
-
 
 class Erosion(Contract):
     """Mask corrosion (section 2.2 of the paper): radius as a share of the shape's equivalent diameter."""
@@ -170,18 +161,6 @@ class Recipe(Contract):
     erosion: Erosion = Erosion()
     evaluation: Evaluation = Evaluation()
     work: Work = Work()
-
-    @model_validator(mode="after")
-    def _paints_what_it_learns(self) -> Self:
-        """A U-Net that has learnt to paint lesions alone paints one wherever the guide is."""
-        faults = []
-        if self.finetuning.lesions_alone and self.inpainting.background == "cover":
-            faults.append("inpainting.background is repair")
-        if self.finetuning.lesions_alone and self.inpainting.guide_margin > 0:
-            faults.append("inpainting.guide_margin is 0")
-        if faults:
-            raise ValueError(f"with finetuning.guide_margin and repair_share 0, {' and '.join(faults)}")
-        return self
 
     def has_second_unet(self, backgrounds: int) -> bool:
         """Whether a second U-Net is trained: where it repairs, for ``backgrounds`` lesion-free images spare it."""
@@ -276,6 +255,24 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         }
 
     return Recipe.model_validate(merge(recipe.model_dump(mode="json"), changes))
+
+
+def conflicts(recipe: Recipe) -> dict[str, str]:
+    """Values that do not go together: what is wrong, by ``part/field``. Not the contract's to refuse, for what was
+    stored under older rules is read on."""
+    found = {}
+    builtin = recipe.quality.encoder_source == "builtin"
+    if builtin and recipe.quality.encoder == "dinov2":
+        found["quality/encoder_source"] = "dinov2 is not built in: name a folder, an s3:// prefix or a hub id"
+    if not builtin and recipe.quality.encoder == "efficientnet-lite0":
+        found["quality/encoder_source"] = "efficientnet-lite0 comes as builtin alone"
+    if recipe.finetuning.lesions_alone:
+        why = "for finetuning.guide_margin and repair_share are 0: a lesion is painted wherever the guide is"
+        if recipe.inpainting.background == "cover":
+            found["inpainting/background"] = f"it has to be repair, {why}"
+        if recipe.inpainting.guide_margin > 0:
+            found["inpainting/guide_margin"] = f"it has to be 0, {why}"
+    return found
 
 
 def with_prompt(recipe: Recipe, changes: Mapping[str, Any], prompt: str | None) -> Recipe:

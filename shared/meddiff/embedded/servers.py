@@ -71,7 +71,9 @@ def start_s3(folder: Path) -> S3Server:
     ]  # fmt: skip
     process = _spawn(command, folder / "s3.log")
     server = S3Server(process, f"{_LOOPBACK}:{s3}", access_key, secret_key)
-    _wait(process, folder / "s3.log", lambda: httpx.get(f"http://{server.endpoint}/healthz").is_success)
+    _wait(
+        process, folder / "s3.log", lambda: httpx.get(f"http://{server.endpoint}/healthz", trust_env=False).is_success
+    )
     return server
 
 

@@ -41,18 +41,18 @@ class StackError(Exception):
 
 
 class Member(Contract):
-    """One process of the stack. ``started`` (seconds since the epoch) tells it from a later process of the same id."""
+    """One process of the stack. ``started`` tells it from a later process of the same id (``_started``)."""
 
     name: str
     pid: int
-    started: float
+    started: str
     log: Path
 
     def process(self) -> psutil.Process | None:
         """The process, while it lives."""
         try:
             process = psutil.Process(self.pid)
-            same = process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
+            same = _started(process) == self.started and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return None
         return process if same else None
@@ -60,6 +60,16 @@ class Member(Contract):
     def log_tail(self, lines: int = 15) -> str:
         """The end of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _started(process: psutil.Process) -> str:
+    """When a process began: by the kernel's own count since its boot where there is one (proc_pid_stat(5), field 22),
+    for the time of day moves when the clock is set. Raises ``psutil.NoSuchProcess``."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path(f'/proc/{process.pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except OSError:
+        return str(process.create_time())
 
 
 class Stack(Contract):
@@ -204,7 +214,7 @@ def _start_service(folder: Path, stack: Stack, name: str, module: str, environme
 
 def _record(folder: Path, stack: Stack, name: str, pid: int, log: Path) -> Stack:
     """The stack with one more member, written down at once so that ``down`` finds it whatever happens next."""
-    member = Member(name=name, pid=pid, started=psutil.Process(pid).create_time(), log=log.resolve())
+    member = Member(name=name, pid=pid, started=_started(psutil.Process(pid)), log=log.resolve())
     stack = stack.model_copy(update={"members": (*stack.members, member)})
     fresh = _state(folder).with_suffix(".part")
     fresh.write_text(stack.model_dump_json(indent=2))
@@ -229,7 +239,7 @@ def _wait_until_ready(stack: Stack, redis_url: str, inpainters: int) -> None:
 
 def _answers(stack: Stack) -> bool:
     try:
-        return httpx.get(f"{stack.address}/readyz").is_success
+        return httpx.get(f"{stack.address}/readyz", trust_env=False).is_success
     except httpx.TransportError:
         return False
 

@@ -75,7 +75,9 @@ def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed,
             live=leases.live(spec.tenant, spec.id),
             running=leases.running_of(spec.tenant, spec.id),
             workers=workers,
-            children_seconds=_children_seconds(store, leases, spec, observed) if isinstance(spec, EvaluateSpec) else 0,
+            children_seconds=_children_seconds(store, leases, spec, observed, max(1, workers.get("training", 0)))
+            if isinstance(spec, EvaluateSpec)
+            else 0,
             took=took,
             now=now,
             lines=lines,
@@ -86,9 +88,11 @@ def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed,
         return known
 
 
-def _children_seconds(store: ObjectStore, leases: Leases, spec: EvaluateSpec, observed: Observed) -> float | None:
+def _children_seconds(
+    store: ObjectStore, leases: Leases, spec: EvaluateSpec, observed: Observed, trainers: int
+) -> float | None:
     """What the child jobs will still take: each as long as those of its kind that have ended, or as the one that goes
-    on expects. None where neither tells."""
+    on expects, of which the last to end expects to wait for the others. None where neither tells."""
     if observed.imported is None or observed.splits is None:
         return None
     left = 0.0
@@ -108,7 +112,7 @@ def _children_seconds(store: ObjectStore, leases: Leases, spec: EvaluateSpec, ob
         waiting = len(children) - len(taken) - len(coming)
         if each is None and waiting and children is families[0]:
             return None
-        left += sum(coming) + waiting * (each or 0.0)
+        left += max(coming, default=0.0) + waiting * (each or 0.0) / trainers
     return left
 
 

@@ -128,12 +128,23 @@ def finetune_steps(recipe: Recipe, imported: Mapping[str, Any]) -> tuple[Step, .
     return (*steps, Step("publish", after=tuple(step.stage for step in steps)))
 
 
+def training_steps(recipe: Recipe, imported: Mapping[str, Any]) -> int:
+    """Optimiser steps of all parts that a fine-tune trains."""
+    steps = {"inpainter": recipe.finetuning.steps, "repair": recipe.finetuning.steps}
+    steps["mask_generator"] = recipe.mask_generation.steps
+    return sum(steps.get(step.stage, 0) for step in finetune_steps(recipe, imported))
+
+
 def _plan_finetune(spec: FinetuneSpec, observed: Observed) -> Plan:
     if observed.imported is None:
         return Plan((Task(tenant=spec.tenant, job_id=spec.id, stage="import"),))
     steps = finetune_steps(spec.recipe, observed.imported)
     if observed.has("publish"):
-        result = {"model_id": spec.model_id, "dataset_id": observed.imported["dataset_id"]}
+        result = {
+            "model_id": spec.model_id,
+            "dataset_id": observed.imported["dataset_id"],
+            "steps": training_steps(spec.recipe, observed.imported),
+        }
         return Plan(ending=Ending("succeeded", result))
     missing = {step.stage: [k for k in range(step.shards) if not observed.has(step.stage, k)] for step in steps}
     due = [

@@ -54,7 +54,7 @@ class Measured:
 
 def ended(spec: Spec, end: End, started_at: datetime | None) -> Job:
     """The job after its end."""
-    total = _total(spec, None) if not isinstance(spec, EvaluateSpec) else int(end.result.get("runs", 0))
+    total = int(end.result.get(_unit(spec), _total(spec, None)))
     done = end.result.get("accepted", total) if end.status in ("succeeded", "incomplete") else None
     return _job(
         spec,
@@ -234,7 +234,7 @@ def _eta(spec: Spec, observed: Observed, speeds: Mapping[Stage, float], measured
         if measured.children_seconds is None:
             return None
         alone = sum(seconds(stage, shards) for stage, shards in left.items())
-        return round((alone + measured.children_seconds) / max(1, measured.workers.get("training", 0)), 1)
+        return round(alone / max(1, measured.workers.get("training", 0)) + measured.children_seconds, 1)
     running = set(measured.running)
     idle = {
         stage: seconds(stage, [shard for shard in shards if (stage, shard) not in running])

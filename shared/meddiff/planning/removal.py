@@ -135,20 +135,9 @@ def _results(store: ObjectStore, tenant: str, job_id: str) -> Iterator[str]:
 def _remove_model(store: ObjectStore, tenant: str, card: ModelCard) -> None:
     keys = ModelKeys(tenant, card.id)
     if card.name is not None:
-        _free_name(store, tenant, card)
+        pointer = model_name(tenant, card.name)
+        with suppress(NotFound):
+            if json.loads(store.get(pointer))["model_id"] == card.id:
+                store.delete([pointer])
     store.delete([keys.card])
     store.delete_prefix(f"{keys.root}/")
-
-
-def _free_name(store: ObjectStore, tenant: str, card: ModelCard) -> None:
-    """Where the model bears its name, the newest other one that had it bears it again, if there is one."""
-    pointer = model_name(tenant, card.name or "")
-    with suppress(NotFound):
-        if json.loads(store.get(pointer))["model_id"] != card.id:
-            return
-        others = [one for one in cards(store, tenant) if one.name == card.name and one.id != card.id]
-        if others:
-            newest = max(others, key=lambda one: one.created_at)
-            store.put(pointer, json.dumps({"model_id": newest.id}).encode(), "application/json")
-        else:
-            store.delete([pointer])

@@ -44,7 +44,7 @@ def wait(mine: InLine, others: Iterable[InLine], workers: int, weights: Mapping[
     comes: among tenants as a fluid by weight (generalised processor sharing, Parekh and Gallager, 1993), within a
     tenant one job after the other."""
     lines: dict[str, list[InLine]] = {}
-    for one in sorted([mine, *others], key=lambda one: one.place, reverse=True):
+    for one in sorted([mine, *others], key=lambda one: (one.place, one.job_id), reverse=True):
         lines.setdefault(one.tenant, []).append(one)  # The next one last.
     mine_and_before = lines[mine.tenant][lines[mine.tenant].index(mine) :]
     work = {tenant: sum(one.seconds for one in line) for tenant, line in lines.items()}

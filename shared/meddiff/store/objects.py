@@ -30,6 +30,7 @@ _PAGE = 1000
 _SIGNED_FOR = timedelta(hours=1)  # By this machine's clock, which may be slow.
 _MISSING = frozenset({"NoSuchKey", "NoSuchObject"})
 _CLIENT_ERRORS = (S3Error, ServerError, InvalidResponseError, urllib3.exceptions.HTTPError)
+_BUSY = frozenset({429, 500, 502, 503, 504})
 _TRANSIENT = frozenset({"InternalError", "ServiceUnavailable", "SlowDown", "SlowDownWrite", "RequestTimeout"})
 
 
@@ -295,7 +296,7 @@ class ObjectStore:
 
 def _is_transient(error: Exception) -> bool:
     if isinstance(error, S3Error):
-        return error.code in _TRANSIENT
+        return error.code in _TRANSIENT or error.response.status in _BUSY
     if isinstance(error, ServerError):
         return bool(error.status_code >= 500)
     if isinstance(error, InvalidResponseError):

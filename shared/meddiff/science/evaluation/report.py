@@ -164,6 +164,9 @@ def in_words(result: ArmResult, arm: Arm, trained_on: float) -> str:
     what = {"synthetic": "These synthetic pairs", "copy-paste": "Copied and pasted lesions"}.get(
         arm.source or "", f"{result.real:.0f} annotated cases in place of {trained_on:.0f}"
     )
+    if arm.source is None:
+        does = {"harms": "make segmentation worse", "adds nothing": "add nothing that the runs can show"}
+        return f"{what} {does.get(result.verdict or '', 'help')}: {points}."
     if result.verdict == "harms":
         return f"{what} beside {real} make segmentation worse: {points}."
     if result.verdict == "adds nothing":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -52,13 +53,14 @@ def groups(
 
 def draw(group_of: Sequence[int], train: int, extra: int, test: int, seed: int) -> Draw:
     """``train`` cases of as many groups, ``extra`` of further groups, and at most ``test`` cases of the groups that are
-    left. Raises ``ValueError`` where there are too few groups."""
+    left, one of each before the second of any. Raises ``ValueError`` where there are too few groups."""
     numbers = sorted(set(group_of), key=lambda group: derive(seed, "group", group))
     if min(train, extra) < 0 or len(numbers) <= train + extra:
         raise ValueError(f"{len(numbers)} groups of cases; {train + extra} are to train and at least one to test")
     members = {group: [i for i, own in enumerate(group_of) if own == group] for group in numbers}
     first = [members[group][derive(seed, "member", group) % len(members[group])] for group in numbers]
-    rest = [i for group in numbers[train + extra :] for i in members[group]]
+    turns = zip_longest(*(members[group] for group in numbers[train + extra :]))
+    rest = [i for turn in turns for i in turn if i is not None]
     return Draw(tuple(first[:train]), tuple(first[train : train + extra]), tuple(rest[:test]))
 
 
