@@ -51,8 +51,8 @@ def slug(response: httpx.Response) -> str:
 
 
 def test_events_end_where_the_key_is_revoked(guarded: Gateway, caller: Caller) -> None:
-    asks = caller("cardiology", "operator")
-    dataset = put_dataset(guarded.store, "cardiology")
+    asks = caller("leavers", "operator")
+    dataset = put_dataset(guarded.store, "leavers")
     job = asks.post("/finetune", json={"dataset_uri": dataset.id}).json()["id"]
     with asks.stream("GET", f"/jobs/{job}/events") as response:
         lines = response.iter_lines()
@@ -163,7 +163,7 @@ def test_a_revoked_key_is_refused(caller: Caller, guarded: Gateway) -> None:
     access.revoke_key(guarded.store, made.key.id)
     response = guarded.http.get("/jobs", headers={"Authorization": f"Bearer {made.token}"})
     assert (response.status_code, slug(response)) == (401, "unauthenticated")
-    assert [key.id for key in access.list_keys(guarded.store) if key.revoked_at is not None] == [made.key.id]
+    assert made.key.id in [key.id for key in access.list_keys(guarded.store) if key.revoked_at is not None]
 
 
 def test_the_store_holds_no_token(guarded: Gateway) -> None:
