@@ -32,7 +32,8 @@ DELIVERED = ("image", "label", "shape", "guide")
 
 _TRIES = 4
 _AWAY = frozenset({502, 503, 504})
-_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_NO_PROXY = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
+"""What goes to this machine is no proxy's to see, whatever the environment names."""
 _WAIT_SECONDS = 5
 _OUTAGE_SECONDS = 120.0
 _DOWNLOADS_AT_ONCE = 4
@@ -59,9 +60,8 @@ class Client:
         self.base_url = base_url
         token = key or os.environ.get("MEDDIFF_API_KEY")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        here = httpx.URL(base_url).host in _LOOPBACK  # What goes to this machine is no proxy's to see.
         self._http = httpx.Client(
-            base_url=base_url, headers=headers, timeout=timeout, follow_redirects=True, trust_env=not here
+            base_url=base_url, headers=headers, timeout=timeout, follow_redirects=True, mounts=_NO_PROXY
         )
 
     def __enter__(self) -> Self:
@@ -292,17 +292,19 @@ class Client:
             return self._send("POST", path, headers=headers, upload=archive, timeout=None).content
 
     def _send(self, method: str, path: str, *, upload: Path | None = None, **options: Any) -> httpx.Response:
+        away = _AWAY - {504} if upload else _AWAY  # After a 504 the service may still be at work on it.
         for again in reversed(range(_TRIES)):
             try:
                 with upload.open("rb") if upload else nullcontext() as content:
                     response = self._http.request(method, path, content=content, **options)
-                if response.status_code not in _AWAY or not again:
+                if response.status_code not in away or not again:
                     break
             except httpx.TransportError:
                 if not again:
                     raise
             time.sleep(0.5 * 2 ** (_TRIES - 1 - again))
-        if response.is_success or response.status_code == httpx.codes.NOT_MODIFIED:
+        gone = method == "DELETE" and again < _TRIES - 1 and response.status_code == httpx.codes.NOT_FOUND
+        if response.is_success or response.status_code == httpx.codes.NOT_MODIFIED or gone:
             return response
         raise ServiceError(_problem(response))
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import islice
 from typing import Literal
 
 from meddiff.contracts.base import sha256_hex
@@ -24,7 +23,7 @@ FAILED_KEPT = timedelta(days=7)
 """How long what failed and cancelled jobs left stays, for whoever wants to know why."""
 
 AT_ONCE = 200
-"""Orphans that are removed together: few, for what was found long ago may belong to something again."""
+"""Leftovers of jobs that are removed together: nobody will want them again."""
 
 IDEMPOTENCY_KEPT = timedelta(days=30)
 
@@ -73,10 +72,17 @@ def tidy(store: ObjectStore, now: datetime) -> int:
         for spec in _specs(store, tenant):
             if not store.exists(JobKeys(tenant, spec.id).end) and not store.exists(active(tenant, spec.id)):
                 store.put(active(tenant, spec.id), b"")  # One that has ended meanwhile the sweep drops again.
-    removed, found = 0, orphans(store, now)
-    while doomed := [finding.key for finding in islice(found, AT_ONCE)]:
-        store.delete(doomed)
-        removed += len(doomed)
+    removed, of_jobs = 0, []
+    for finding in orphans(store, now):
+        removed += 1
+        if "/jobs/" not in finding.key:
+            store.delete([finding.key])  # At once: later it may belong to something again.
+            continue
+        of_jobs.append(finding.key)
+        if len(of_jobs) == AT_ONCE:
+            store.delete(of_jobs)
+            of_jobs = []
+    store.delete(of_jobs)
     return removed
 
 

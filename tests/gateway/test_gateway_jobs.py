@@ -82,6 +82,7 @@ def test_what_a_model_cannot_do_is_refused(gateway: Gateway) -> None:
         ("gpu", {"quality": {"encoder": "efficientnet-lite0"}}, "/recipe/override/quality/encoder_source"),
         ("cpu", {"quality": {"encoder": "dinov2"}}, "/recipe/override/quality/encoder_source"),
         ("paper", {"inpainting": {"background": "cover"}}, "/recipe/override/inpainting/background"),
+        ("cpu", {"finetuning": {"repair_share": 0.6}}, "/recipe/override/finetuning/repair_share"),
         ("paper", {"inpainting": {"guide_margin": 0.1}}, "/recipe/override/inpainting/guide_margin"),
     ],
 )

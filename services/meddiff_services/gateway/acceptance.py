@@ -12,7 +12,7 @@ from meddiff.contracts.jobs import EvaluateSpec, FinetuneSpec, GenerateSpec, Spe
 from meddiff.contracts.models import ModelCard
 from meddiff.contracts.problems import Fault, ProblemError
 from meddiff.contracts.recipes import CPU, Quality, Recipe, conflicts, override
-from meddiff.contracts.requests import EvaluateRequest, FinetuneRequest, GenerateRequest
+from meddiff.contracts.requests import EvaluateRequest, FinetuneRequest, GenerateRequest, RecipeChoice
 from meddiff.importing import check_uri, is_dataset_id, load_dataset
 from meddiff.metrics import JOBS_ACCEPTED
 from meddiff.planning.dispatch import submit
@@ -82,7 +82,7 @@ def finetune_spec(here: Backends, request: FinetuneRequest, job_id: JobId) -> Fi
     ]
     if is_dataset_id(request.dataset_uri):
         faults += _missing_dataset(here, "dataset_uri", request.dataset_uri)
-    faults += _conflicts(request.recipe.resolve(), "/recipe/override")
+    faults += _conflicts(request.recipe)
     _raise_if_any(faults)
     if not is_dataset_id(request.dataset_uri):
         check_uri(request.dataset_uri, here.settings, here.tenant)
@@ -142,7 +142,7 @@ def evaluate_spec(here: Backends, request: EvaluateRequest, job_id: JobId) -> Ev
         if card is not None:
             recipe = card.recipe.model_copy(update={"evaluation": recipe.evaluation})
     else:
-        faults += _conflicts(recipe, "/recipe/override")
+        faults += _conflicts(request.recipe)
     _raise_if_any(faults)
     for uri in (request.dataset_uri, request.test_uri):
         if uri is not None and not is_dataset_id(uri):
@@ -233,14 +233,16 @@ def _recipe_faults(recipe: Recipe, changes: dict[str, Any]) -> list[Fault]:
     if touched:
         possible["quality"] = {name: value for name, value in changes["quality"].items() if name not in touched}
     try:
-        faults += _conflicts(override(recipe, possible), "/recipe")
+        new = conflicts(override(recipe, possible)).items() - conflicts(recipe).items()
+        faults += [Fault(pointer=f"/recipe/{field}", detail=detail) for field, detail in sorted(new)]
     except ValidationError as error:
         faults += faults_of(error.errors(), ("body", "recipe"))
     return faults
 
 
-def _conflicts(recipe: Recipe, pointer: str) -> list[Fault]:
-    return [Fault(pointer=f"{pointer}/{field}", detail=detail) for field, detail in conflicts(recipe).items()]
+def _conflicts(choice: RecipeChoice) -> list[Fault]:
+    found = conflicts(choice.resolve())
+    return [Fault(pointer=f"/recipe/override/{field}", detail=detail) for field, detail in found.items()]
 
 
 def _part(changes: dict[str, Any], name: str) -> dict[str, Any]:

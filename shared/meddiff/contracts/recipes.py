@@ -266,6 +266,8 @@ def conflicts(recipe: Recipe) -> dict[str, str]:
         found["quality/encoder_source"] = "dinov2 is not built in: name a folder, an s3:// prefix or a hub id"
     if not builtin and recipe.quality.encoder == "efficientnet-lite0":
         found["quality/encoder_source"] = "efficientnet-lite0 comes as builtin alone"
+    if recipe.finetuning.repair_share > 0.5:
+        found["finetuning/repair_share"] = "above 0.5 fewer than half of the examples would show a lesion"
     if recipe.finetuning.lesions_alone:
         why = "for finetuning.guide_margin and repair_share are 0: a lesion is painted wherever the guide is"
         if recipe.inpainting.background == "cover":

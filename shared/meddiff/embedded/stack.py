@@ -45,14 +45,16 @@ class Member(Contract):
 
     name: str
     pid: int
-    started: str
+    started: str | float  # Seconds since the epoch in what an older version has left.
     log: Path
 
     def process(self) -> psutil.Process | None:
         """The process, while it lives."""
         try:
             process = psutil.Process(self.pid)
-            same = _started(process) == self.started and process.status() != psutil.STATUS_ZOMBIE
+            same = (
+                self.started in (_started(process), process.create_time()) and process.status() != psutil.STATUS_ZOMBIE
+            )
         except psutil.NoSuchProcess:
             return None
         return process if same else None

@@ -112,7 +112,7 @@ def _children_seconds(
         waiting = len(children) - len(taken) - len(coming)
         if each is None and waiting and children is families[0]:
             return None
-        left += max(coming, default=0.0) + waiting * (each or 0.0) / trainers
+        left += max(coming, default=0.0) + waiting * (each or 0.0) / (trainers if children is families[0] else 1)
     return left
 
 

@@ -298,9 +298,9 @@ def _is_transient(error: Exception) -> bool:
     if isinstance(error, S3Error):
         return error.code in _TRANSIENT or error.response.status in _BUSY
     if isinstance(error, ServerError):
-        return bool(error.status_code >= 500)
+        return bool(error.status_code == 429 or error.status_code >= 500)
     if isinstance(error, InvalidResponseError):
-        return bool(error._code >= 500)
+        return bool(error._code == 429 or error._code >= 500)
     return isinstance(error, urllib3.exceptions.HTTPError)
 
 
