@@ -11,7 +11,7 @@ from meddiff.contracts.dataset import Case
 from meddiff.contracts.jobs import GenerateSpec
 from meddiff.contracts.models import ModelCard
 from meddiff.contracts.recipes import Recipe, with_prompt
-from meddiff.importing import chosen_cases, first_of_each_picture, load_case, load_dataset, load_mask
+from meddiff.importing import chosen_cases, first_of_each_picture, load_case, load_dataset, mask_png
 from meddiff.store.keys import ModelKeys
 from meddiff.store.objects import ObjectStore
 
@@ -84,7 +84,7 @@ class Masks(Sequence[Mask]):
     @classmethod
     def of(cls, work: Work, dataset_id: str, cases: Sequence[Case]) -> Masks:
         """Of cases that have one."""
-        return cls([load_mask(work.store, work.tenant, dataset_id, case) for case in cases])
+        return cls([mask_png(work.store, work.tenant, dataset_id, case) for case in cases])
 
     def __len__(self) -> int:
         return len(self.pngs)

@@ -303,7 +303,8 @@ class Client:
                 if not again:
                     raise
             time.sleep(0.5 * 2 ** (_TRIES - 1 - again))
-        gone = method == "DELETE" and again < _TRIES - 1 and response.status_code == httpx.codes.NOT_FOUND
+        repeated = again < _TRIES - 1
+        gone = method == "DELETE" and repeated and response.status_code == httpx.codes.NOT_FOUND
         if response.is_success or response.status_code == httpx.codes.NOT_MODIFIED or gone:
             return response
         raise ServiceError(_problem(response))

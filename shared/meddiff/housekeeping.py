@@ -22,9 +22,6 @@ GRACE = timedelta(hours=1)
 FAILED_KEPT = timedelta(days=7)
 """How long what failed and cancelled jobs left stays, for whoever wants to know why."""
 
-AT_ONCE = 200
-"""Leftovers of jobs that are removed together: nobody will want them again."""
-
 IDEMPOTENCY_KEPT = timedelta(days=30)
 
 RECORD = frozenset({"spec.json", "end.json", "cancel.json", "faults", "logs", "done"})
@@ -72,17 +69,10 @@ def tidy(store: ObjectStore, now: datetime) -> int:
         for spec in _specs(store, tenant):
             if not store.exists(JobKeys(tenant, spec.id).end) and not store.exists(active(tenant, spec.id)):
                 store.put(active(tenant, spec.id), b"")  # One that has ended meanwhile the sweep drops again.
-    removed, of_jobs = 0, []
+    removed = 0
     for finding in orphans(store, now):
+        store.delete([finding.key])  # At once: later it may belong to something again.
         removed += 1
-        if "/jobs/" not in finding.key:
-            store.delete([finding.key])  # At once: later it may belong to something again.
-            continue
-        of_jobs.append(finding.key)
-        if len(of_jobs) == AT_ONCE:
-            store.delete(of_jobs)
-            of_jobs = []
-    store.delete(of_jobs)
     return removed
 
 

@@ -181,6 +181,23 @@ def test_a_proxy_before_a_service_that_is_away_is_asked_again(status: int) -> No
         server.shutdown()
 
 
+def test_what_an_earlier_try_has_removed_is_removed() -> None:
+    answers = iter([504, 404])
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_DELETE(self) -> None:
+            self.send_response(next(answers))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{server.server_port}") as behind:
+            behind.delete_model("md_0")
+        server.shutdown()
+    assert next(answers, None) is None
+
+
 def test_many_downloads_at_once_share_a_client(client: Client, made: Generated, tmp_path: Path) -> None:
     threads = [threading.Thread(target=client.pull, args=(made.spec.id, tmp_path / str(n))) for n in range(3)]
     for thread in threads:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from meddiff.contracts.dataset import Case
 from meddiff.contracts.tasks import Stage
-from meddiff.importing import load_dataset, load_mask
+from meddiff.importing import load_dataset, mask_png
 from meddiff.importing.pixels import encode_mask
 from meddiff.science import geometry, mask_generator
 from meddiff.seeds import derive
@@ -123,7 +123,7 @@ def _to_cover(work: Work, ground: Ground, pngs: Mapping[str, bytes]) -> Mask | N
     if ground.repaired or ground.case.mask_sha256 is None:
         return None
     own = pngs.get(ground.case.image_sha256) if ground.dataset_id == work.spec.dataset_id else None
-    return decode_mask(own or load_mask(work.store, work.tenant, ground.dataset_id, ground.case))
+    return decode_mask(own or mask_png(work.store, work.tenant, ground.dataset_id, ground.case))
 
 
 def choose_ground(low: Mask, grounds: Sequence[Ground], seed: int) -> Ground:

@@ -6,7 +6,7 @@ from meddiff.importing.datasets import (
     import_dataset,
     load_case,
     load_dataset,
-    load_mask,
+    mask_png,
     select_cases,
     validate,
 )
@@ -22,7 +22,7 @@ __all__ = [
     "is_dataset_id",
     "load_case",
     "load_dataset",
-    "load_mask",
+    "mask_png",
     "open_source",
     "select_cases",
     "validate",

@@ -120,7 +120,7 @@ def load_case(store: ObjectStore, tenant: str, dataset_id: str, case: Case) -> t
     return image, None if case.mask_sha256 is None else decode_mask(store.get(keys.mask(case.id)))
 
 
-def load_mask(store: ObjectStore, tenant: str, dataset_id: str, case: Case) -> bytes:
+def mask_png(store: ObjectStore, tenant: str, dataset_id: str, case: Case) -> bytes:
     """The mask of a case that has one, as the PNG that ``decode_mask`` takes."""
     return store.get(DatasetKeys(tenant, dataset_id).mask(case.id))
 

@@ -43,7 +43,7 @@ class Encoder:
 
 def load_encoder(kind: str, source: str, device: torch.device) -> Encoder:
     """The encoder ``kind`` of a recipe, "dinov2" or "efficientnet-lite0". ``source``: for DINOv2 a hub id or a folder,
-    for EfficientNet-Lite0 "builtin".
+    for EfficientNet-Lite0 "builtin" or a file, which no recipe names.
 
     Raises ``OSError`` where the weights cannot be had, ``ValueError`` where they are not the expected ones or the kind
     is unknown.
