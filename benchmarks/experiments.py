@@ -41,6 +41,7 @@ DEFAULT = "synthetic"
 """The recipe as it stands, which an ablation changes in one point."""
 CONTROLS = {
     "shifted": "must lose: the labels are wrong",
+    "any size, shifted": "must lose, of a former recipe",
     "painted detail, shifted": "must lose, of a former recipe",
     "copies": "must add nothing: no new case is in them",
     "real, 0.5 x steps": "must gain nothing: the stop is not too late",
@@ -48,10 +49,14 @@ CONTROLS = {
 }
 """Arms whose answer is known, that show whether the ruler can be read. Both kinds of pairs beside as many real ones in
 every batch (``joint``): as ``falling`` leaves none in the end, it would forgive much."""
+BEFORE = "any size"
+"""The recipe as it stood when most variants were measured: they are named as variants of that and compared with it."""
 AGAINST_DEFAULT = (
-    f"Points of Dice over `{DEFAULT}`, on the development halves; the letters are explained at the page's end. A "
-    "variant takes the default's place only where its interval lies above zero on the mean."
+    f"Points of Dice over `{DEFAULT}`, of what begins with `{BEFORE}, ` over `{BEFORE}`, the recipe as it stood before "
+    "its shapes were given sizes; on the development halves. The letters are explained at the page's end. A variant "
+    "takes the default's place only where its interval lies above zero on the mean."
 )
+KNOWN = {name: variant.what for name, variant in VARIANTS.items()} | GONE
 CANDIDATES = (
     "a: a real case repainted in its own mask; b: how strongly a composite is painted over; c: what a new shape lies "
     "on; d: the edge; e: segmenters that choose or label; f: mixing with real cases; g: unlabelled images; h: when the "
@@ -65,7 +70,7 @@ def arm_of(training: Training) -> Arm:
     if name.startswith(REAL):
         share = name.removeprefix(REAL).partition(",")[0].strip(" x")
         return Arm(name=name, share=float(share or 1))
-    return Arm(name=name, source="copy-paste" if name.startswith("copy-paste") else "synthetic", pairs=training.pairs)
+    return Arm(name=name, source="copy-paste" if "copy-paste" in name else "synthetic", pairs=training.pairs)
 
 
 def results(trainings: Sequence[Training]) -> tuple[ArmResult, ...]:
@@ -193,9 +198,12 @@ def page(trainings: Sequence[Training]) -> str:
             lines += [f"{segmenter}; draws {sorted(tested)}, with {cases} test cases.", ""]
             lines += [*table(found), ""]
     lines += ["## What the variants are", "", CANDIDATES, "", "| name | what |", "|---|---|"]
-    known = {name: variant.what for name, variant in VARIANTS.items()} | GONE
-    run = {name for one in trainings for name in (one.arm, one.arm.rpartition(", ")[2])}
-    lines += [f"| {name} | {what} |" for name, what in known.items() if name in run]
+    run = {
+        name
+        for one in trainings
+        for name in (one.arm, one.arm.removeprefix(f"{BEFORE}, "), one.arm.rpartition(", ")[2])
+    }
+    lines += [f"| {name} | {what} |" for name, what in KNOWN.items() if name in run]
     due = [name for name in VARIANTS if name not in run]
     lines += ["", f"Not run yet: {'; '.join(due)}."] if due else []
     return "\n".join(lines) + "\n"
@@ -228,15 +236,17 @@ def ablation(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
     """Each variant against the default recipe, on every dataset that has both and on their mean."""
     datasets = list(dict.fromkeys(key[0] for key in groups))
     lines = [f"| variant | {' | '.join(datasets)} | mean | runs | changed |", "|---" * (len(datasets) + 4) + "|"]
-    for name, variant in VARIANTS.items():
-        each = [over_datasets(_of(groups, dataset), name, DEFAULT) for dataset in datasets]
-        mean = over_datasets(groups, name, DEFAULT)
+    compared = [(name, DEFAULT, what) for name, what in KNOWN.items() if name not in GONE]
+    compared += [(f"{BEFORE}, {name}", BEFORE, what) for name, _, what in compared]
+    for name, other, what in compared:
+        each = [over_datasets(_of(groups, dataset), name, other) for dataset in datasets]
+        mean = over_datasets(groups, name, other)
         if mean is None or name in (DEFAULT, *CONTROLS):
             continue
         runs = sum(one.arm == name for trainings in groups.values() for one in trainings)
         cells = [*("" if one is None else interval(one[1]) for one in each)]
         cells.append(interval(mean[1]) if mean[0] > 1 else "")
-        lines.append(f"| {name} | {' | '.join(cells)} | {runs} | {variant.what} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {runs} | {what} |")
     return lines
 
 

@@ -48,6 +48,10 @@ VARIANTS: dict[str, Variant] = {
     "synthetic": Variant(
         "the cpu recipe as it stands: composite start, strength 0.2, detail kept; ever fewer in a batch, then none"
     ),
+    "any size": Variant(
+        "shapes of whatever size the mask generator draws; what follows a comma is a variant of that",
+        fitting={"mask_generation": {"area_conditioned": False}},
+    ),
     "copy-paste": Variant("the composites themselves: a lesion fitted into a new shape, colours matched", start=True),
     "copy-paste, repaired": Variant(
         "the composites of ``repaired``, nothing painted in them",

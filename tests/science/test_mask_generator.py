@@ -55,8 +55,9 @@ def test_the_network_has_a_level_for_each_width_of_the_recipe(recipe: Recipe) ->
     network = mask_generator.build(recipe.mask_generation)
     assert tuple(network.config.block_out_channels) == recipe.mask_generation.widths
     size = recipe.mask_generation.resolution
+    noisy, area = torch.zeros(1, 1, size, size), torch.tensor([0.3])
     with torch.no_grad():
-        assert network(torch.zeros(1, 1, size, size), 5).sample.shape == (1, 1, size, size)
+        assert mask_generator._velocity(network, recipe.mask_generation, noisy, 5, area).shape == (1, 1, size, size)
 
 
 def test_training_resumes_bit_for_bit_and_hangs_on_its_seed() -> None:
@@ -67,6 +68,22 @@ def test_training_resumes_bit_for_bit_and_hangs_on_its_seed() -> None:
     other = trained(None, 6, seed=2).to_tensors()
     assert not torch.equal(whole["params.conv_in.weight"], other["params.conv_in.weight"])
     assert [entry.step for entry in log] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_shape_is_as_large_as_it_is_asked_to_be() -> None:
+    """Of discs of every size, after a training of seconds."""
+    torch.set_num_threads(1)
+    discs = [ellipse(64, 64, 32, 32, radius, radius) for radius in range(6, 30, 2)]
+    quick = {"widths": [16, 16], "steps": 150, "learning_rate": 4e-3, "ema_decay": 0.9, "sampling_steps": 10}
+    recipe = override(TINY, {"mask_generation": quick | {"batch_size": 16}})
+    state = mask_generator.train(discs, recipe, 1, None, 150, lambda _: None, lambda: False, CPU_DEVICE)
+    network = mask_generator.build(recipe.mask_generation)
+    network.load_state_dict(state.ema)
+    asked = np.linspace(0.05, 0.6, 16)
+    with torch.no_grad():
+        fields = mask_generator._ddim(network.eval(), recipe.mask_generation, range(16), list(asked))
+    drawn = [float((field > 0).mean()) for field in fields]
+    assert np.corrcoef(asked, drawn)[0, 1] > 0.9
 
 
 def test_training_leaves_the_global_generator_alone() -> None:
@@ -217,8 +234,8 @@ def test_shapes_of_the_cpu_recipe_are_distributed_as_thirty_real_masks(name: str
         distance = ks_2samp([d[what] for d in real], [d[what] for d in drawn]).statistic
         print(f"{name}: {what}: two-sample KS {distance:.2f}")
         assert distance < 0.35
-    packed = b""
+    packed = b""  # Of 64 real masks of DDTI, whose nodules all lie in the middle, 44 are distinct in this sense.
     for shape in shapes:
         signature = bytes.fromhex(signatures.of(shape))
         packed += signature if signatures.max_iou(signature, packed) <= CPU.quality.max_shape_iou else b""
-    assert len(packed) >= 0.85 * len(shapes) * signatures.BYTES
+    assert len(packed) >= 0.65 * len(shapes) * signatures.BYTES

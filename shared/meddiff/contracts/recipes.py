@@ -60,7 +60,8 @@ class Finetuning(Contract):
 
 
 class MaskGeneration(Contract):
-    """The DDPM on binary masks. ``min_masks``: below it shapes come from a geometric family fitted to the masks."""
+    """The DDPM on binary masks. ``area_conditioned``: it is told the share of the image that a shape is to cover;
+    ``min_masks``: below it shapes come from a geometric family fitted to the masks."""
 
     resolution: Annotated[int, Field(ge=16, le=256, multiple_of=16)] = 64
     widths: Annotated[tuple[Width, ...], Field(min_length=1, max_length=5)] = (64, 128, 256, 512)
@@ -70,6 +71,7 @@ class MaskGeneration(Contract):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
     segment_steps: Positive
     sampling_steps: Annotated[int, Field(ge=1, le=1000)]
+    area_conditioned: bool = False
     min_masks: Annotated[int, Field(ge=1)] = 8
 
 
@@ -207,7 +209,12 @@ GPU = Recipe(
         segment_steps=500,
     ),
     mask_generation=MaskGeneration(
-        steps=10_000, batch_size=32, learning_rate=1e-4, segment_steps=2000, sampling_steps=100
+        steps=10_000,
+        batch_size=32,
+        learning_rate=1e-4,
+        segment_steps=2000,
+        sampling_steps=100,
+        area_conditioned=True,
     ),
     inpainting=Inpainting(solver_steps=25, guidance_scale=2.0, strength=0.9, batch_size=8),
     quality=Quality(encoder="dinov2", encoder_source="facebook/dinov2-base"),
@@ -234,6 +241,7 @@ CPU = Recipe(
         learning_rate=1e-3,
         segment_steps=200,
         sampling_steps=20,
+        area_conditioned=True,
     ),
     inpainting=Inpainting(solver_steps=20, strength=0.2, ring_strength=0.2, kept_detail=1 / 32, batch_size=4),
     work=Work(shard_size=8),

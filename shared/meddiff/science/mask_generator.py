@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -31,13 +32,16 @@ SAMPLED_AT_ONCE = 8
 FINER = 4  # A sampled shape is thresholded on a grid this many times finer than the network's.
 REDRAWS = 4
 SPECK = 0.02  # A component below this share of the largest one's area is noise.
-AREA_SLACK = 1.25  # A sample's area may leave the range of the real ones by this factor.
+AREA_SLACK = 1.25  # A sample's area may leave the range of the real ones by this factor,
+ASKED_SLACK = 1.5  # and that which was asked for by this one.
 
-SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+TIMESTEPS = 1000
+SCHEDULE = {"num_train_timesteps": TIMESTEPS, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
 
 
 def build(settings: MaskGeneration) -> UNet2DModel:
-    """The U-Net on masks (n, 1, res, res): one level a width, attention at the lowest; random weights."""
+    """The U-Net on masks (n, 1, res, res): one level a width, attention at the lowest; random weights. Where it is
+    told the area, that is a second timestep to it."""
     levels = len(settings.widths)
     return UNet2DModel(
         sample_size=settings.resolution,
@@ -48,6 +52,7 @@ def build(settings: MaskGeneration) -> UNet2DModel:
         down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
         norm_num_groups=int(np.gcd.reduce([8, *settings.widths])),
+        class_embed_type="timestep" if settings.area_conditioned else None,
     )
 
 
@@ -88,13 +93,14 @@ def train(
         draw = torch.Generator().manual_seed(derive(seed, "mask_generator", step))
         chosen = torch.randint(len(clean), (n,), generator=draw)
         x = _augmented(clean[chosen], draw)
+        area = _area(x)
         strata = (torch.randperm(n, generator=draw) + torch.rand(n, generator=draw)) / n
         t = (strata * scheduler.config.num_train_timesteps).long()
         noise = torch.randn(x.shape, generator=draw)
         mine = share_of(n, accelerator)
-        x, t, noise = (part[mine].to(accelerator.device) for part in (x, t, noise))
+        x, area, t, noise = (part[mine].to(accelerator.device) for part in (x, area, t, noise))
         noisy = scheduler.add_noise(x, noise, t)
-        return F.mse_loss(model(noisy, t).sample, scheduler.get_velocity(x, noise, t))
+        return F.mse_loss(_velocity(model, settings, noisy, t, area), scheduler.get_velocity(x, noise, t))
 
     return train_segment(
         unet,
@@ -125,6 +131,18 @@ def _signed(mask: Mask, resolution: int) -> Tensor:
     """The mask in the low-resolution frame (1, res, res): 1 inside, -1 outside, in between where a cell is cut."""
     covered = resize_image(mask.astype(np.float32)[..., None], (resolution, resolution))[..., 0]
     return torch.from_numpy(2 * np.clip(covered, 0, 1) - 1)[None]
+
+
+def _area(x: Tensor) -> Tensor:
+    """The share of the frame (n,) that each of the masks (n, 1, s, s) in [-1, 1] covers."""
+    return (x > 0).float().mean(dim=(1, 2, 3))
+
+
+def _velocity(model: nn.Module, settings: MaskGeneration, noisy: Tensor, t: Tensor | int, area: Tensor) -> Tensor:
+    """What the U-Net predicts for masks (n, 1, s, s) at timesteps ``t``; ``area`` (n,), in [0, 1]: the share of the
+    frame that each is to cover. Its root, which goes with the diameter, spans the range of timesteps."""
+    labels = {"class_labels": area.sqrt() * TIMESTEPS} if settings.area_conditioned else {}
+    return cast(Tensor, model(noisy, t, **labels).sample)
 
 
 def _augmented(x: Tensor, draw: torch.Generator) -> Tensor:
@@ -166,39 +184,45 @@ def _augmented(x: Tensor, draw: torch.Generator) -> Tensor:
 def sample(unet: UNet2DModel, recipe: Recipe, seeds: Sequence[int], masks: Sequence[Mask]) -> list[Mask]:
     """A shape for each seed by DDIM: bool (4 res, 4 res) in the frame of the whole image, never empty.
 
-    Each seed has its own noise, and the batch is always of the same size, so a shape depends on its seed alone. What
-    does not look like one of the real ``masks`` (nothing, or far smaller or larger than any) is drawn again a few
-    times; then it is a geometric one.
+    Each seed has its own noise and its own model among the real ``masks``, whose area, augmented as in training, is
+    the one to be drawn where the network is told one. The batch is always of the same size, so a shape depends on its
+    seed alone. What comes out empty, far smaller or larger than any real mask, or not of the area asked for (lesions
+    of a few cells are hard to draw) is drawn again a few times; then it is a geometric one, fitted to its model.
     """
-    real = _Real.of(masks)
-    size = recipe.mask_generation.resolution * FINER
+    settings = recipe.mask_generation
+    real = _Real.of(masks, settings.resolution)
+    size = settings.resolution * FINER
+    models = {seed: derive(seed, "model") % len(masks) for seed in seeds}
+    areas = {seed: real.area(models[seed], derive(seed, "area")) for seed in seeds}
     shapes: dict[int, Mask] = {}
     for attempt in range(1 + REDRAWS):
         missing = [seed for seed in seeds if seed not in shapes]
         noises = [derive(seed, "redraw", attempt) if attempt else seed for seed in missing]
-        for seed, field in zip(missing, _ddim(unet, recipe.mask_generation, noises), strict=True):
-            components = real.components[derive(seed, "components") % len(real.components)]
-            shape = tidy(resize_image(field[..., None], (size, size))[..., 0] > 0, components, real.have_holes)
-            if real.smallest / AREA_SLACK <= shape.mean() <= real.largest * AREA_SLACK:
+        fields = _ddim(unet, settings, noises, [areas[seed] for seed in missing])
+        for seed, field in zip(missing, fields, strict=True):
+            fine = resize_image(field[..., None], (size, size))[..., 0]
+            shape = tidy(fine > 0, real.components[models[seed]], real.have_holes)
+            if real.admits(float(shape.mean()), areas[seed] if settings.area_conditioned else None):
                 shapes[seed] = shape
-    return [shapes[seed] if seed in shapes else geometric(masks, seed, size) for seed in seeds]
+    return [shapes[seed] if seed in shapes else geometric([masks[models[seed]]], seed, size) for seed in seeds]
 
 
-def _ddim(unet: UNet2DModel, settings: MaskGeneration, seeds: Sequence[int]) -> list[Field]:
-    """Fields (res, res) in [-1, 1], one a seed: deterministic DDIM (eta 0) of clipped v-predictions."""
+def _ddim(unet: UNet2DModel, settings: MaskGeneration, seeds: Sequence[int], areas: Sequence[float]) -> list[Field]:
+    """Fields (res, res) in [-1, 1], one a seed and area: deterministic DDIM (eta 0) of clipped v-predictions."""
     noise_schedule = DDPMScheduler(**SCHEDULE)
     signal = torch.cat([noise_schedule.alphas_cumprod, torch.ones(1)])  # The last, of timestep -1, is the clean end.
     steps = trailing_timesteps(settings.sampling_steps, noise_schedule.config.num_train_timesteps)
     shape = (1, settings.resolution, settings.resolution)
     fields: list[Field] = []
     for first in range(0, len(seeds), SAMPLED_AT_ONCE):
-        batch = list(seeds[first : first + SAMPLED_AT_ONCE])
+        batch = list(zip(seeds, areas, strict=True))[first : first + SAMPLED_AT_ONCE]
         full = batch + batch[-1:] * (SAMPLED_AT_ONCE - len(batch))
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in full]
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed, _ in full]
         x = torch.stack(noise).to(unet.device)
+        area = torch.tensor([area for _, area in full], device=unet.device)
         for t, following in pairwise(steps):
             alpha, beta = signal[t].sqrt(), (1 - signal[t]).sqrt()
-            clean = (alpha * x - beta * unet(x, t).sample).clamp(-1, 1)
+            clean = (alpha * x - beta * _velocity(unet, settings, x, t, area)).clamp(-1, 1)
             noise_left = (x - alpha * clean) / beta
             x = signal[following].sqrt() * clean + (1 - signal[following]).sqrt() * noise_left
         fields += list(x[: len(batch), 0].cpu().numpy())
@@ -226,22 +250,35 @@ def count_components(mask: Mask) -> int:
 
 @dataclass(frozen=True)
 class _Real:
-    """What the real masks say of how a shape may look: their smallest and largest share of the image, the number of
-    components of each, and whether any has holes."""
+    """What the real masks say of how a shape may look: they themselves in the low-resolution frame (n, 1, res, res),
+    their smallest and largest share of the image, the number of components of each, and whether any has holes."""
 
+    clean: Tensor
     smallest: float
     largest: float
     components: tuple[int, ...]
     have_holes: bool
 
     @classmethod
-    def of(cls, masks: Sequence[Mask]) -> _Real:
-        areas, components, holes = [], [], []
+    def of(cls, masks: Sequence[Mask], resolution: int) -> _Real:
+        clean, areas, components, holes = [], [], [], []
         for mask in masks:
+            clean.append(_signed(mask, resolution))
             areas.append(float(mask.mean()))
             components.append(count_components(mask))
             holes.append((ndimage.binary_fill_holes(mask) & ~mask).sum() > SPECK * mask.sum())
-        return cls(min(areas), max(areas), tuple(components), any(holes))
+        return cls(torch.stack(clean), min(areas), max(areas), tuple(components), any(holes))
+
+    def area(self, model: int, seed: int) -> float:
+        """The share of the frame that mask number ``model`` covers once it is augmented, as the network learnt it."""
+        return float(_area(_augmented(self.clean[[model]], torch.Generator().manual_seed(seed))))
+
+    def admits(self, area: float, asked: float | None) -> bool:
+        """Whether a shape may cover that share, where ``asked`` was asked for."""
+        low, high = self.smallest / AREA_SLACK, self.largest * AREA_SLACK
+        if asked is not None:
+            low, high = max(low, asked / ASKED_SLACK), min(high, asked * ASKED_SLACK)
+        return low <= area <= high
 
 
 def place(shape: Mask, size: tuple[int, int]) -> Mask:
