@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from meddiff.contracts.evaluation import REAL, Arm, ArmResult, Interval, Row
+from meddiff.contracts.evaluation import REAL, Arm, ArmResult, Interval
 from meddiff.science.evaluation import report
-from meddiff.science.evaluation.comparison import gain, holm
+from meddiff.science.evaluation.comparison import Paired, gain, holm
 
 from benchmarks.utility import EVALUATION, Training, read
 from benchmarks.variants import GONE, VARIANTS
@@ -22,12 +22,16 @@ from benchmarks.variants import GONE, VARIANTS
 Key = tuple[str, bool, str, int]
 """Dataset, whether its development half, segmenter, real cases."""
 ASKED = ("synthetic", "copy-paste", "real x1.5", "real x2")
+BEFORE = "any size"
+"""The recipe as it stood when most variants were measured: they are named as variants of that and compared with it."""
 AGAINST = (
     *((arm, REAL) for arm in ASKED),
     ("synthetic", "copy-paste"),
     ("synthetic", "real x1.5"),
     ("real, 2 x steps", REAL),
-    ("synthetic, 2 x steps", "real, 2 x steps"),
+    (BEFORE, REAL),
+    (f"{BEFORE}, copy-paste", REAL),
+    (f"{BEFORE}, 2 x steps", "real, 2 x steps"),
 )
 """The comparisons that the page opens with."""
 MATCHED = (
@@ -49,8 +53,6 @@ CONTROLS = {
 }
 """Arms whose answer is known, that show whether the ruler can be read. Both kinds of pairs beside as many real ones in
 every batch (``joint``): as ``falling`` leaves none in the end, it would forgive much."""
-BEFORE = "any size"
-"""The recipe as it stood when most variants were measured: they are named as variants of that and compared with it."""
 AGAINST_DEFAULT = (
     f"Points of Dice over `{DEFAULT}`, of what begins with `{BEFORE}, ` over `{BEFORE}`, the recipe as it stood before "
     "its shapes were given sizes; on the development halves. The letters are explained at the page's end. A variant "
@@ -77,24 +79,26 @@ def results(trainings: Sequence[Training]) -> tuple[ArmResult, ...]:
     """Every arm of one dataset, half and size, real only first."""
     arms = {one.arm: arm_of(one) for one in trainings}
     ordered = sorted(arms.values(), key=lambda arm: (arm.name != REAL, arm.source or "", arm.share, arm.name))
-    return report.arm_results([row for one in trainings for row in one.rows()], ordered)
+    return report.arm_results([row for one in told_apart(trainings) for row in one.rows()], ordered)
 
 
 def over_datasets(groups: Mapping[Key, Sequence[Training]], arm: str, other: str) -> tuple[int, Interval] | None:
     """The mean gain of an arm over another, on the datasets that have both; datasets are fixed, their draws and cases
     resampled."""
-    found = []
-    for trainings in groups.values():
-        rows = [row for one in trainings for row in one.rows()]
-        change = report.differences([r for r in rows if r.arm == arm], [r for r in rows if r.arm == other])
-        if change:
-            found.append(change)
+    found = [change for trainings in groups.values() if (change := differences(trainings, arm, other))]
     if not found:
         return None
     gains = [gain(change) for change in found]
     half = float(np.sqrt(np.sum([((one.high - one.low) / 2) ** 2 for one in gains])) / len(gains))
     mean = float(np.mean([one.mean for one in gains]))
     return len(found), Interval(mean=100 * mean, low=100 * (mean - half), high=100 * (mean + half))
+
+
+def differences(trainings: Sequence[Training], arm: str, other: str) -> list[Paired]:
+    """One arm's Dice less another's, of one dataset, half and size."""
+    both = told_apart([one for one in trainings if one.arm in (arm, other)])
+    one, another = ([row for each in both if each.arm == name for row in each.rows()] for name in (arm, other))
+    return report.differences(one, another)
 
 
 def told_apart(trainings: Sequence[Training]) -> list[Training]:
@@ -112,7 +116,7 @@ def told_apart(trainings: Sequence[Training]) -> list[Training]:
 
 def grouped(trainings: Sequence[Training]) -> dict[Key, list[Training]]:
     found: dict[Key, list[Training]] = defaultdict(list)
-    for one in told_apart(trainings):
+    for one in trainings:
         found[one.dataset, one.development, one.segmenter, one.train].append(one)
     return dict(sorted(found.items()))
 
@@ -213,9 +217,9 @@ def overview(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
     """The gain of the arms that the question is about, a dataset a line; p of ``synthetic`` is Holm's over datasets."""
     found = {key[0]: {one.name: one for one in results(trainings)} for key, trainings in groups.items()}
     raw = {
-        name: gain(change).p
-        for name in found
-        if (change := report.differences(*(_rows(groups, name, arm) for arm in ("synthetic", REAL))))
+        key[0]: gain(change).p
+        for key, trainings in groups.items()
+        if (change := differences(trainings, "synthetic", REAL))
     }
     adjusted = holm(raw)
     lines = ["| dataset | real | " + " | ".join(ASKED) + " | p of synthetic, Holm over datasets | worth |"]
@@ -270,12 +274,6 @@ def _of(groups: Mapping[Key, Sequence[Training]], dataset: str) -> dict[Key, Seq
 
 def _gain_of(result: ArmResult | None) -> str:
     return "" if result is None or result.gain is None else interval(result.gain)
-
-
-def _rows(groups: Mapping[Key, Sequence[Training]], dataset: str, arm: str) -> list[Row]:
-    return [
-        row for key, some in groups.items() if key[0] == dataset for one in some for row in one.rows() if row.arm == arm
-    ]
 
 
 def answer(groups: Mapping[Key, Sequence[Training]]) -> list[str]:

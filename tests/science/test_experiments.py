@@ -108,6 +108,19 @@ def test_a_seed_on_another_device_is_another_run_and_compared_with_what_ran_ther
     assert abs(gains["joint"]) < 1
 
 
+def test_arms_that_ran_on_one_device_each_are_compared_by_their_seeds() -> None:
+    """Even where a third arm ran on both."""
+    some = [trained(arm, dice, seed=seed) for arm, dice in (("real", 0.5), ("real x1.5", 0.6)) for seed in range(3)]
+    some += [
+        trained(arm, dice, seed=seed).model_copy(update={"device": "a card"})
+        for arm, dice in (("real", 0.5), ("synthetic", 0.7))
+        for seed in range(3)
+    ]
+    found = experiments.over_datasets(experiments.grouped(some), "synthetic", "real x1.5")
+    assert found is not None
+    assert abs(found[1].mean - 10) < 1
+
+
 def test_a_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     line = trained("real", 0.8).model_dump_json()
     (tmp_path / "rows.jsonl").write_text(f"{line}\n{line[:100]}")
