@@ -17,17 +17,16 @@ from meddiff.science.evaluation import report
 from meddiff.science.evaluation.comparison import Paired, gain, holm
 
 from benchmarks.utility import EVALUATION, Training, read
-from benchmarks.variants import GONE, VARIANTS
+from benchmarks.variants import BEFORE, GONE, VARIANTS
 
 Key = tuple[str, bool, str, int]
 """Dataset, whether its development half, segmenter, real cases."""
 ASKED = ("synthetic", "copy-paste", "real x1.5", "real x2")
-BEFORE = "any size"
-"""The recipe as it stood when most variants were measured: they are named as variants of that and compared with it."""
 AGAINST = (
     *((arm, REAL) for arm in ASKED),
     ("synthetic", "copy-paste"),
     ("synthetic", "real x1.5"),
+    ("synthetic", BEFORE),
     ("real, 2 x steps", REAL),
     (BEFORE, REAL),
     (f"{BEFORE}, copy-paste", REAL),

@@ -5,7 +5,8 @@
 The mask generator of the cpu recipe is trained on thirty masks of a dataset. Of area, centroid, eccentricity and number
 of components a two-sample Kolmogorov-Smirnov test compares 64 samples with the masks held aside, and, as a yardstick,
 the thirty themselves with those. Novelty: each mask's highest IoU with one of the thirty, of samples and of held-aside
-masks. Prints a Markdown table.
+masks. Whether the network heeds the area that it is told: the correlation of areas asked for and drawn, over the range
+of the thirty, of all that it draws. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import UNet2DModel
 from meddiff import signatures
 from meddiff.contracts.recipes import CPU
 from meddiff.science import mask_generator
@@ -27,6 +29,7 @@ from benchmarks.rim import shape_statistics
 from benchmarks.sources import cases_by_digest
 
 TRAINED_ON, SAMPLED = 30, 64
+SEEDS = [derive("mask_quality", n) for n in range(SAMPLED)]
 WHAT = ("area", "centroid row", "centroid column", "eccentricity", "components")
 
 
@@ -34,24 +37,36 @@ def split(folder: Path) -> tuple[list[Mask], list[Mask]]:
     """Thirty masks of different patients, and those of all other patients."""
     found = [(digest, case) for digest, case in cases_by_digest(folder).items() if case.mask.any()]
     ordered = sorted(found, key=lambda item: derive("masks", item[0]))
-    trained: dict[str, Mask] = {}
+    thirty: dict[str, Mask] = {}
     for digest, case in ordered:
-        if len(trained) < TRAINED_ON:
-            trained.setdefault(case.patient or digest, case.mask)
-    aside = [case.mask for digest, case in ordered if (case.patient or digest) not in trained]
-    return list(trained.values()), aside
+        if len(thirty) < TRAINED_ON:
+            thirty.setdefault(case.patient or digest, case.mask)
+    aside = [case.mask for digest, case in ordered if (case.patient or digest) not in thirty]
+    return list(thirty.values()), aside
 
 
-def sampled(masks: Sequence[Mask]) -> list[Mask]:
+def trained(masks: Sequence[Mask]) -> UNet2DModel:
     settings = CPU.mask_generation
     state = mask_generator.train(
         masks, CPU, 0, None, settings.steps, lambda _: None, lambda: False, torch.device("cpu")
     )  # fmt: skip
     network = mask_generator.build(settings)
     network.load_state_dict(state.ema)
-    seeds = [derive("mask_quality", n) for n in range(SAMPLED)]
-    shapes = mask_generator.sample(network.eval(), CPU, seeds, masks)
+    return network.eval()
+
+
+def sampled(network: UNet2DModel, masks: Sequence[Mask]) -> list[Mask]:
+    shapes = mask_generator.sample(network, CPU, SEEDS, masks)
     return [mask_generator.place(shape, masks[n % len(masks)].shape) for n, shape in enumerate(shapes)]
+
+
+@torch.no_grad()
+def heeded(network: UNet2DModel, masks: Sequence[Mask]) -> float:
+    """The correlation of the areas that the network is told with those it draws."""
+    least, *_, most = sorted(float(mask.mean()) for mask in masks)
+    asked = np.linspace(least, most, SAMPLED)
+    fields = mask_generator.ddim(network, CPU.mask_generation, SEEDS, list(asked))
+    return float(np.corrcoef(asked, [(field > 0).mean() for field in fields])[0, 1])
 
 
 def novelty(masks: Sequence[Mask], known: Sequence[Mask]) -> float:
@@ -61,9 +76,10 @@ def novelty(masks: Sequence[Mask], known: Sequence[Mask]) -> float:
 
 
 def report(folder: Path) -> None:
-    trained, aside = split(folder)
-    samples = sampled(trained)
-    ours, theirs, known = (np.array([shape_statistics(m) for m in masks]) for masks in (samples, aside, trained))
+    thirty, aside = split(folder)
+    network = trained(thirty)
+    samples = sampled(network, thirty)
+    ours, theirs, known = (np.array([shape_statistics(m) for m in masks]) for masks in (samples, aside, thirty))
     for column, name in enumerate(WHAT):
         one = stats.ks_2samp(ours[:, column], theirs[:, column])
         yard = stats.ks_2samp(known[:, column], theirs[:, column])
@@ -72,8 +88,11 @@ def report(folder: Path) -> None:
             f"| {folder.name} ({len(aside)} aside) | {name} | {means} "
             f"| {one.statistic:.2f} (p {one.pvalue:.2f}) | {yard.statistic:.2f} (p {yard.pvalue:.2f}) |"
         )
-    near, real = novelty(samples, trained), novelty(aside, trained)
-    print(f"| {folder.name} | highest IoU with one of the thirty | {near:.3f} | {real:.3f} | | |", flush=True)
+    near, real = novelty(samples, thirty), novelty(aside, thirty)
+    print(f"| {folder.name} | highest IoU with one of the thirty | {near:.3f} | {real:.3f} | | |")
+    print(
+        f"| {folder.name} | area asked for and drawn, correlation | {heeded(network, thirty):.2f} | | | |", flush=True
+    )
 
 
 if __name__ == "__main__":

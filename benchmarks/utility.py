@@ -41,7 +41,7 @@ from torch import nn
 
 from benchmarks.in_process import DEVICE, Generator, Made, fit
 from benchmarks.sources import Case, cases_by_digest
-from benchmarks.variants import VARIANTS, Variant
+from benchmarks.variants import Variant, variant_of
 
 EVALUATION = CPU.evaluation
 LEAST_TESTED = 15
@@ -219,7 +219,7 @@ def _material(trial: Trial, cases: Cases, draw: splits.Draw) -> Material:
         share = float(trial.arm.removeprefix(REAL).strip(" x") or 1)
         some = [*draw.train, *draw.extra][: round(share * len(draw.train))]
         return Material(cases.pairs(some))
-    variant = VARIANTS[trial.arm]
+    variant = variant_of(trial.arm)
     real = cases.pairs(draw.train)
     if variant.copies:
         copies = [real[place % len(real)] for place in range(variant.pairs)]

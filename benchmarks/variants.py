@@ -6,7 +6,7 @@ shared/meddiff/foundations/small | tar x -C out/first-foundation --strip-compone
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from meddiff.contracts.evaluation import Mixing
@@ -100,6 +100,18 @@ VARIANTS: dict[str, Variant] = {
     "shifted": Variant("must lose: labels moved by 15 % of the width", shift=0.15, mixing="joint"),
     "copies": Variant("must be null: the real cases again", copies=True, mixing="joint"),
 }
+
+BEFORE = "any size"
+"""The recipe as it stood when most variants were measured; ``any size, joint`` is ``joint`` of that."""
+
+
+def variant_of(name: str) -> Variant:
+    """The variant of that name, with a prefix of ``BEFORE`` one of the recipe as it stood before."""
+    base, comma, rest = name.partition(", ")
+    if base != BEFORE or not comma:
+        return VARIANTS[name]
+    return replace(VARIANTS[rest], fitting=VARIANTS[rest].fitting | VARIANTS[BEFORE].fitting)
+
 
 GONE = {
     "painted detail": "of the painting every detail kept, ``kept_detail`` 0; what follows a comma is a variant of that",

@@ -83,6 +83,14 @@ def test_a_variant_is_held_against_the_recipe_as_it_stands() -> None:
     assert table[0][1:6] == ["variant", "DDTI", "PH2", "mean", "runs"]
     assert [row[1] for row in table[2:]] == ["joint"]
     assert all(abs(float(cell.split()[0]) - 10) < 1 for cell in table[2][2:5])
+    before = [
+        trained(arm, dice, seed=seed, dataset="PH2", development=True)
+        for arm, dice in (("any size", 0.6), ("any size, joint", 0.5))
+        for seed in range(3)
+    ]
+    own = [line for line in experiments.ablation(experiments.grouped(some + before)) if "| any size, joint |" in line]
+    assert len(own) == 1
+    assert abs(float(own[0].split("|")[3].split()[0]) + 10) < 1
     partly = [one for one in some if (one.dataset, one.arm) != ("PH2", "joint")]
     assert [cell.strip() for cell in experiments.ablation(experiments.grouped(partly))[2].split("|")][3:6] == [
         "",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -31,20 +33,28 @@ def ellipse(height: int, width: int, y: float, x: float, a: float, b: float) -> 
 MASKS = [ellipse(90, 120, 40 + n, 60 - 2 * n, 15 + n, 20 - n) for n in range(9)]
 
 
-def trained(state: TrainingState | None, stop: int, log: list[StepLog] | None = None, seed: int = 1) -> TrainingState:
+def trained(
+    state: TrainingState | None, stop: int, log: list[StepLog] | None = None, seed: int = 1, recipe: Recipe = TINY
+) -> TrainingState:
     torch.set_num_threads(1)
     on_step = (log if log is not None else []).append
-    return mask_generator.train(MASKS, TINY, seed, state, stop, on_step, lambda: False, CPU_DEVICE)
+    return mask_generator.train(MASKS, recipe, seed, state, stop, on_step, lambda: False, CPU_DEVICE)
 
 
-@pytest.fixture(scope="module")
-def unet(tmp_path_factory: pytest.TempPathFactory) -> mask_generator.UNet2DModel:
-    """A hardly trained U-Net that went through its file."""
-    network = mask_generator.build(TINY.mask_generation)
-    network.load_state_dict(trained(None, 6).ema)
+UNTOLD = override(TINY, {"mask_generation": {"area_conditioned": False}})
+
+
+@pytest.fixture(scope="module", params=[TINY, UNTOLD], ids=["told the area", "untold"])
+def drawing(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[mask_generator.UNet2DModel, Recipe]:
+    """A hardly trained U-Net that went through its file, and its recipe."""
+    recipe: Recipe = request.param
+    network = mask_generator.build(recipe.mask_generation)
+    network.load_state_dict(trained(None, 6, recipe=recipe).ema)
     folder = tmp_path_factory.mktemp("mask_generator")
     network.save_pretrained(folder)
-    return mask_generator.load(folder, CPU_DEVICE)
+    return mask_generator.load(folder, CPU_DEVICE), recipe
 
 
 # ------------------------------------------------------------------------------------------------------- the network
@@ -70,8 +80,8 @@ def test_training_resumes_bit_for_bit_and_hangs_on_its_seed() -> None:
     assert [entry.step for entry in log] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_shape_is_as_large_as_it_is_asked_to_be() -> None:
-    """Of discs of every size, after a training of seconds."""
+def test_a_shape_is_as_large_as_it_is_asked_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of discs of every size, after a training of seconds; and what is sampled is asked for by its own seed."""
     torch.set_num_threads(1)
     discs = [ellipse(64, 64, 32, 32, radius, radius) for radius in range(6, 30, 2)]
     quick = {"widths": [16, 16], "steps": 150, "learning_rate": 4e-3, "ema_decay": 0.9, "sampling_steps": 10}
@@ -81,9 +91,18 @@ def test_a_shape_is_as_large_as_it_is_asked_to_be() -> None:
     network.load_state_dict(state.ema)
     asked = np.linspace(0.05, 0.6, 16)
     with torch.no_grad():
-        fields = mask_generator._ddim(network.eval(), recipe.mask_generation, range(16), list(asked))
+        fields = mask_generator.ddim(network.eval(), recipe.mask_generation, range(16), list(asked))
     drawn = [float((field > 0).mean()) for field in fields]
     assert np.corrcoef(asked, drawn)[0, 1] > 0.9
+    fallen: list[int] = []
+
+    def fallback(masks: Sequence[Mask], seed: int, size: int) -> Mask:
+        fallen.append(seed)
+        return geometric(masks, seed, size)
+
+    monkeypatch.setattr(mask_generator, "geometric", fallback)
+    mask_generator.sample(network, recipe, range(16), discs)
+    assert len(fallen) <= 4
 
 
 def test_training_leaves_the_global_generator_alone() -> None:
@@ -117,18 +136,32 @@ def test_augmentation_keeps_place_and_size_of_a_lesion_roughly() -> None:
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 
-def test_a_shape_depends_on_its_seed_alone(unet: mask_generator.UNet2DModel) -> None:
-    many = mask_generator.sample(unet, TINY, list(range(11)), MASKS)
-    alone = mask_generator.sample(unet, TINY, [9], MASKS)
+def test_a_shape_depends_on_its_seed_alone(drawing: tuple[mask_generator.UNet2DModel, Recipe]) -> None:
+    many = mask_generator.sample(*drawing, list(range(11)), MASKS)
+    alone = mask_generator.sample(*drawing, [9], MASKS)
     assert (many[9] == alone[0]).all()
     assert all(shape.shape == (64, 64) and shape.dtype == np.bool_ for shape in many)
     assert len({shape.tobytes() for shape in many}) == 11
 
 
-def test_no_shape_is_empty_or_of_an_unreal_size(unet: mask_generator.UNet2DModel) -> None:
+def test_no_shape_is_empty_or_of_an_unreal_size(drawing: tuple[mask_generator.UNet2DModel, Recipe]) -> None:
     areas = [mask.mean() for mask in MASKS]
-    for shape in mask_generator.sample(unet, TINY, list(range(20, 36)), MASKS):
+    for shape in mask_generator.sample(*drawing, list(range(20, 36)), MASKS):
         assert min(areas) / 2 < shape.mean() < max(areas) * 2
+
+
+def test_lesions_that_vanish_in_the_network_s_frame_are_drawn_as_they_are() -> None:
+    """By the geometric family: specks smaller than a cell, and a mask of forty of them beside a large one."""
+    specks = np.zeros((512, 512), np.bool_)
+    for row in range(20, 500, 80):
+        for column in range(20, 500, 80):
+            specks[row : row + 10, column : column + 10] = True
+    small = [ellipse(512, 512, 100 + 9 * n, 200, 6, 6) for n in range(8)]
+    network = mask_generator.build(TINY.mask_generation).eval()
+    for masks in (small, [specks, *[ellipse(512, 512, 256, 256, 60, 60 + n) for n in range(3)]]):
+        areas = [mask.mean() for mask in masks]
+        for shape in mask_generator.sample(network, TINY, list(range(8)), masks):
+            assert min(areas) / 2 < shape.mean() < max(areas) * 2
 
 
 def test_tidying_drops_specks_fills_holes_and_keeps_the_largest_components() -> None:
@@ -233,9 +266,10 @@ def test_shapes_of_the_cpu_recipe_are_distributed_as_thirty_real_masks(name: str
     for what in real[0]:
         distance = ks_2samp([d[what] for d in real], [d[what] for d in drawn]).statistic
         print(f"{name}: {what}: two-sample KS {distance:.2f}")
-        assert distance < 0.35
-    packed = b""  # Of 64 real masks of DDTI, whose nodules all lie in the middle, 44 are distinct in this sense.
+        assert distance < (0.23 if what == "area" else 0.35)
+    packed = b""
     for shape in shapes:
         signature = bytes.fromhex(signatures.of(shape))
         packed += signature if signatures.max_iou(signature, packed) <= CPU.quality.max_shape_iou else b""
-    assert len(packed) >= 0.65 * len(shapes) * signatures.BYTES
+    distinct = 0.65 if name == "DDTI" else 0.85  # Of 64 real ones of DDTI, which all lie in the middle, 44 are.
+    assert len(packed) >= distinct * len(shapes) * signatures.BYTES

@@ -242,7 +242,7 @@ def _preview_inpainter(work: Work, state: TrainingState) -> None:
 
 
 def mask_generator_segment(work: Work) -> Outcome:
-    """A segment of the mask DDPM, and shapes it draws so far."""
+    """A segment of the mask DDPM, and after the last one shapes that it draws."""
     recipe = work.spec.recipe
     dataset_id = imported(work)
     masks = Masks.of(work, dataset_id, training_cases(work, dataset_id))

@@ -26,7 +26,7 @@ from meddiff.science.geometry import Field, Mask, resize_image, resize_mask
 from meddiff.science.training import StepLog, TrainingState, share_of, train_segment, warmup
 from meddiff.seeds import derive
 
-__all__ = ["build", "geometric", "load", "place", "sample", "train"]
+__all__ = ["build", "ddim", "geometric", "load", "place", "sample", "train"]
 
 SAMPLED_AT_ONCE = 8
 FINER = 4  # A sampled shape is thresholded on a grid this many times finer than the network's.
@@ -134,8 +134,8 @@ def _signed(mask: Mask, resolution: int) -> Tensor:
 
 
 def _area(x: Tensor) -> Tensor:
-    """The share of the frame (n,) that each of the masks (n, 1, s, s) in [-1, 1] covers."""
-    return (x > 0).float().mean(dim=(1, 2, 3))
+    """The share of the frame (n,) that each of the masks (n, 1, s, s) in [-1, 1] covers, cells that are cut in part."""
+    return ((x + 1) / 2).mean(dim=(1, 2, 3))
 
 
 def _velocity(model: nn.Module, settings: MaskGeneration, noisy: Tensor, t: Tensor | int, area: Tensor) -> Tensor:
@@ -187,28 +187,46 @@ def sample(unet: UNet2DModel, recipe: Recipe, seeds: Sequence[int], masks: Seque
     Each seed has its own noise and its own model among the real ``masks``, whose area, augmented as in training, is
     the one to be drawn where the network is told one. The batch is always of the same size, so a shape depends on its
     seed alone. What comes out empty, far smaller or larger than any real mask, or not of the area asked for (lesions
-    of a few cells are hard to draw) is drawn again a few times; then it is a geometric one, fitted to its model.
+    of a few cells are hard to draw) is drawn again a few times; then it is a geometric one, fitted to its model or,
+    where that has too many parts for one outline, to all masks.
     """
     settings = recipe.mask_generation
-    real = _Real.of(masks, settings.resolution)
+    real = _Real.of(masks)
     size = settings.resolution * FINER
     models = {seed: derive(seed, "model") % len(masks) for seed in seeds}
-    areas = {seed: real.area(models[seed], derive(seed, "area")) for seed in seeds}
+    asked: dict[int, float] = {}
+    if settings.area_conditioned:
+        for seed in seeds:
+            area = _area_to_draw(masks[models[seed]], settings.resolution, derive(seed, "area"))
+            asked[seed] = min(max(area, real.least), real.most)
     shapes: dict[int, Mask] = {}
     for attempt in range(1 + REDRAWS):
         missing = [seed for seed in seeds if seed not in shapes]
         noises = [derive(seed, "redraw", attempt) if attempt else seed for seed in missing]
-        fields = _ddim(unet, settings, noises, [areas[seed] for seed in missing])
+        fields = ddim(unet, settings, noises, [asked.get(seed, 0.0) for seed in missing])
         for seed, field in zip(missing, fields, strict=True):
             fine = resize_image(field[..., None], (size, size))[..., 0]
             shape = tidy(fine > 0, real.components[models[seed]], real.have_holes)
-            if real.admits(float(shape.mean()), areas[seed] if settings.area_conditioned else None):
+            if real.admits(shape, asked.get(seed)):
                 shapes[seed] = shape
-    return [shapes[seed] if seed in shapes else geometric([masks[models[seed]]], seed, size) for seed in seeds]
+    for seed in seeds:
+        if seed not in shapes:
+            shape = geometric([masks[models[seed]]], seed, size)
+            shapes[seed] = shape if real.admits(shape, None) else geometric(masks, seed, size)
+    return [shapes[seed] for seed in seeds]
 
 
-def _ddim(unet: UNet2DModel, settings: MaskGeneration, seeds: Sequence[int], areas: Sequence[float]) -> list[Field]:
-    """Fields (res, res) in [-1, 1], one a seed and area: deterministic DDIM (eta 0) of clipped v-predictions."""
+def _area_to_draw(mask: Mask, resolution: int, seed: int) -> float:
+    """The share of the frame that a real mask covers once it is augmented, as the network learnt it."""
+    clean = _signed(mask, resolution)[None]
+    return float(_area(_augmented(clean, torch.Generator().manual_seed(seed))))
+
+
+def ddim(unet: UNet2DModel, settings: MaskGeneration, seeds: Sequence[int], areas: Sequence[float]) -> list[Field]:
+    """Fields (res, res) in [-1, 1], one a seed: deterministic DDIM (eta 0) of clipped v-predictions.
+
+    ``areas``: the share of the frame that each is to cover; of no meaning to a network that is told none.
+    """
     noise_schedule = DDPMScheduler(**SCHEDULE)
     signal = torch.cat([noise_schedule.alphas_cumprod, torch.ones(1)])  # The last, of timestep -1, is the clean end.
     steps = trailing_timesteps(settings.sampling_steps, noise_schedule.config.num_train_timesteps)
@@ -250,35 +268,28 @@ def count_components(mask: Mask) -> int:
 
 @dataclass(frozen=True)
 class _Real:
-    """What the real masks say of how a shape may look: they themselves in the low-resolution frame (n, 1, res, res),
-    their smallest and largest share of the image, the number of components of each, and whether any has holes."""
+    """What the real masks say of how a shape may look: the least and the most of the image that it may cover, the
+    number of components of each mask, and whether any has holes."""
 
-    clean: Tensor
-    smallest: float
-    largest: float
+    least: float
+    most: float
     components: tuple[int, ...]
     have_holes: bool
 
     @classmethod
-    def of(cls, masks: Sequence[Mask], resolution: int) -> _Real:
-        clean, areas, components, holes = [], [], [], []
+    def of(cls, masks: Sequence[Mask]) -> _Real:
+        areas, components, holes = [], [], []
         for mask in masks:
-            clean.append(_signed(mask, resolution))
             areas.append(float(mask.mean()))
             components.append(count_components(mask))
             holes.append((ndimage.binary_fill_holes(mask) & ~mask).sum() > SPECK * mask.sum())
-        return cls(torch.stack(clean), min(areas), max(areas), tuple(components), any(holes))
+        return cls(min(areas) / AREA_SLACK, max(areas) * AREA_SLACK, tuple(components), any(holes))
 
-    def area(self, model: int, seed: int) -> float:
-        """The share of the frame that mask number ``model`` covers once it is augmented, as the network learnt it."""
-        return float(_area(_augmented(self.clean[[model]], torch.Generator().manual_seed(seed))))
-
-    def admits(self, area: float, asked: float | None) -> bool:
-        """Whether a shape may cover that share, where ``asked`` was asked for."""
-        low, high = self.smallest / AREA_SLACK, self.largest * AREA_SLACK
-        if asked is not None:
-            low, high = max(low, asked / ASKED_SLACK), min(high, asked * ASKED_SLACK)
-        return low <= area <= high
+    def admits(self, shape: Mask, asked: float | None) -> bool:
+        """Whether a shape is of a possible area and, where one was ``asked`` for, about of that."""
+        area = float(shape.mean())
+        as_asked = asked is None or asked / ASKED_SLACK <= area <= asked * ASKED_SLACK
+        return as_asked and self.least <= area <= self.most
 
 
 def place(shape: Mask, size: tuple[int, int]) -> Mask:
