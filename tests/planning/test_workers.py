@@ -131,6 +131,19 @@ def running_on(leases: Leases, worker: subprocess.Popen[bytes]) -> Callable[[], 
     return lambda: any(f"-{worker.pid}@" in holder for holder in _holders(leases).values())
 
 
+def test_a_job_waits_for_those_of_its_tenant_that_come_before_it(cluster: Cluster) -> None:
+    """An urgent one comes before older ones, and other tenants' jobs take turns with it."""
+    store, leases = cluster.store, cluster.leases
+    urgent = finetune(job_id=JOBS[3])
+    urgent = urgent.model_copy(update={"request": urgent.request.model_copy(update={"priority": "high"})})
+    elsewhere = finetune(job_id=JOBS[0]).model_copy(update={"tenant": "another"})
+    for spec in (elsewhere, finetune(job_id=JOBS[1]), finetune(job_id=JOBS[2]), urgent):
+        cluster.submit(spec)
+        advance(store, leases, lambda task: None, spec.tenant, spec.id)
+    positions = {job: read_job(store, leases, "local", job).queue_position for job in JOBS[1:4]}
+    assert positions == {JOBS[1]: 2, JOBS[2]: 3, JOBS[3]: 1}
+
+
 def test_both_kinds_of_job_survive_a_killed_worker_and_a_flush(cluster: Cluster) -> None:
     store, leases = cluster.store, cluster.leases
     trained, made = finetune(job_id=JOBS[0]), generate(24, start_index=40, job_id=JOBS[1])

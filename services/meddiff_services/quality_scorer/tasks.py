@@ -178,7 +178,7 @@ def manifest(work: Work) -> Outcome:
         dataset_id=work.spec.dataset_id,
         created_at=datetime.now(UTC),
         software_version=__version__,
-        fingerprint=_painters(work),
+        fingerprint=_painters(work, chosen.next_index),
         foundation=card.foundation,
         inpainter=card.inpainter,
         encoder=card.encoder,
@@ -202,9 +202,11 @@ def manifest(work: Work) -> Outcome:
     return Outcome(units=len(pairs), output={"accepted": len(pairs)})
 
 
-def _painters(work: Work) -> dict[str, str]:
-    """The fingerprint of the process that painted; where several differ, all of their values."""
-    found = [marker.output["fingerprint"] for marker in work.markers("inpainting")]
+def _painters(work: Work, end: int) -> dict[str, str]:
+    """The fingerprint of the process that painted the candidates before ``end``; where several differ, all of their
+    values."""
+    shards = -((work.spec.request.start_index - end) // work.spec.recipe.work.shard_size)
+    found = [marker.output["fingerprint"] for marker in work.markers("inpainting") if marker.shard < shards]
     return {name: " | ".join(sorted({one[name] for one in found})) for name in found[0]}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -47,8 +47,22 @@ def read_job(
 
 @lru_cache(maxsize=4)
 def _active_lately(store: ObjectStore, moment: int) -> list[tuple[str, str]]:
-    """The same within a moment: many ask for their position at once."""
+    """``active_jobs`` within a moment: many ask for their position at once."""
     return active_jobs(store)
+
+
+@lru_cache(maxsize=4)
+def _places_lately(leases: Leases, moment: int) -> dict[tuple[str, str], float]:
+    """The places of all jobs that were planned and have not ended, within a moment."""
+    return {job: place for job, (place, _) in leases.left().items()}
+
+
+def _position(store: ObjectStore, places: Mapping[tuple[str, str], float], spec: Spec, own: float) -> int:
+    """1 for the first of the tenant's jobs that have not ended: by their ``places``, where one has none yet by its id,
+    which is as old as the job. Tenants take turns, so those of others lie not before it."""
+    active = _active_lately(store, int(time.monotonic() / LATELY))
+    others = [job for job in active if job[0] == spec.tenant and job[1] != spec.id]
+    return 1 + sum((places.get(job, own), job[1]) < (own, spec.id) for job in others)
 
 
 @lru_cache(maxsize=4)
@@ -62,16 +76,16 @@ def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed,
         stage: speed for stage, shards in _finished(observed).items() if (speed := _speed(store, spec, stage, shards))
     }
     started_at = _started_at(store, spec)
-    position = None
-    if not observed.done and not observed.tally.shards:
-        position = 1 + sum(job_id < spec.id for _, job_id in _active_lately(store, int(time.monotonic() / LATELY)))
-    known = Measured(speeds, position=position, started_at=started_at)
+    waits = not observed.done and not observed.tally.shards
+    known = Measured(speeds, position=_position(store, {}, spec, 0.0) if waits else None, started_at=started_at)
     try:
         workers, took = leases.workers(), leases.took()
         lines = _lines_lately(leases, int(now / LINES_LATELY)) if speeds else {}
+        own = place(leases, spec)
         mine = next((one.place for line in lines.values() for one in line if one.job_id == spec.id), None)
         return replace(
             known,
+            position=_position(store, _places_lately(leases, int(now / LATELY)), spec, own) if waits else None,
             live=leases.live(spec.tenant, spec.id),
             running=leases.running_of(spec.tenant, spec.id),
             workers=workers,
@@ -81,7 +95,7 @@ def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed,
             took=took,
             now=now,
             lines=lines,
-            place=place(leases, spec) if mine is None else mine,
+            place=own if mine is None else mine,
             weights=leases.weights,
         )
     except redis.RedisError:

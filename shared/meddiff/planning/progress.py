@@ -33,10 +33,10 @@ CHAIN: tuple[Stage, ...] = ("masks", "inpainting", "quality")  # What a shard of
 class Measured:
     """What is known beyond the plan's inputs. ``speeds``: seconds for a unit by stage, from markers; ``live``: running
     tasks' own words; ``running``: tasks of the job that a worker holds a lease of; ``workers``: live ones by queue;
-    ``position``: 1 for the first of the jobs that have not ended; ``children_seconds``: what the child jobs of an
-    evaluation will still take, None where nothing tells yet; ``took``: seconds of a task by stage, of any job lately;
-    ``now``: seconds since the epoch; ``lines``: who has something left to do in each queue, and ``place``: the job's
-    own among them; ``weights``: of tenants."""
+    ``position``: 1 for the first of the tenant's jobs that have not ended; ``children_seconds``: what the child jobs
+    of an evaluation will still take, None where nothing tells yet; ``took``: seconds of a task by stage, of any job
+    lately; ``now``: seconds since the epoch; ``lines``: who has something left to do in each queue, and ``place``: the
+    job's own among them; ``weights``: of tenants."""
 
     speeds: Mapping[Stage, float] = field(default_factory=dict)
     live: Collection[Live] = ()
