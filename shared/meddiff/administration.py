@@ -41,9 +41,9 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Make a key and print its token, which is shown this once and stored nowhere."""
-    from meddiff import access
-
     with _store() as store:
+        from meddiff import access
+
         made = access.create_key(store, tenant, role, label)
     typer.echo(made.model_dump_json(indent=2) if as_json else made.token)
 
@@ -51,9 +51,9 @@ def create(
 @keys.command("list")
 def list_(as_json: Json = False) -> None:
     """List every key, revoked ones too."""
-    from meddiff import access
-
     with _store() as store:
+        from meddiff import access
+
         found = access.list_keys(store)
     if as_json:
         typer.echo(json.dumps([key.model_dump(mode="json") for key in found], indent=2))
@@ -68,10 +68,10 @@ def list_(as_json: Json = False) -> None:
 @keys.command()
 def revoke(key_id: Annotated[str, typer.Argument(metavar="ID", help="As the list shows it.")]) -> None:
     """Revoke a key; a gateway refuses it within seconds."""
-    from meddiff import access
-    from meddiff.store.objects import NotFound
-
     with _store() as store:
+        from meddiff import access
+        from meddiff.store.objects import NotFound
+
         try:
             access.revoke_key(store, key_id)
         except NotFound:
@@ -89,9 +89,9 @@ def fsck(
 
     Ends with 1 where something is missing or altered, or where orphans are left.
     """
-    from meddiff import housekeeping
-
     with _store() as store:
+        from meddiff import housekeeping
+
         now, verified = datetime.now(UTC), housekeeping.Verified()
         found = list(housekeeping.fsck(store, now, verified))
         removed = housekeeping.tidy(store, now) if repair else 0
@@ -113,13 +113,14 @@ def bucket(
     secret_key: Annotated[Path | None, typer.Option(help="A file: its secret key.")] = None,
     read: Annotated[list[str] | None, typer.Option(help="Another bucket that the service may read.")] = None,
 ) -> None:
-    """Make the service's bucket, and in MinIO a user who may use that bucket, read the others named and no more. Again
-    changes nothing.
+    """Make the service's bucket and the others named, and in MinIO a user who may use the first, read the others and no
+    more. Again changes nothing.
 
     The credentials of the environment are those of the store's administrator.
     """
     with _store() as store:
-        store.ensure_bucket()
+        for one in (store, *map(store.of_bucket, read or ())):
+            one.ensure_bucket()
         if access_key is not None and secret_key is not None:
             from meddiff.settings import Settings
             from meddiff.store.minio_admin import admit

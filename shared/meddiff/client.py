@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
+from pydantic import BaseModel
 
 from meddiff.contracts.base import sha256_hex
 from meddiff.contracts.dataset import Dataset, DatasetList, DatasetSummary, ValidationReport
@@ -30,6 +31,10 @@ from meddiff.contracts.requests import DEFAULT_RECIPE, EvaluateRequest
 DELIVERED = ("image", "label", "shape", "guide")
 """The pictures of a pair that ``pull`` fetches."""
 
+M = TypeVar("M", bound=BaseModel)
+
+_IMPORTING = httpx.Timeout(60.0, read=3600.0)
+"""While a dataset is imported nothing comes; for ever is no answer either."""
 _TRIES = 4
 _AWAY = frozenset({502, 503, 504})
 _NO_PROXY = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
@@ -58,7 +63,7 @@ class Client:
 
     def __init__(self, base_url: str, *, key: str | None = None, timeout: float = 60.0) -> None:
         self.base_url = base_url
-        token = key or os.environ.get("MEDDIFF_API_KEY")
+        token = (key or os.environ.get("MEDDIFF_API_KEY", "")).strip()  # A file of it may end with a line break.
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http = httpx.Client(
             base_url=base_url, headers=headers, timeout=timeout, follow_redirects=True, mounts=_NO_PROXY
@@ -98,7 +103,7 @@ class Client:
             "split_seed": split_seed,
             "metadata": metadata or {},
         }
-        return Job.model_validate_json(self._post("/finetune", json=body))
+        return _parsed(Job, self._post("/finetune", json=body))
 
     def generate(
         self,
@@ -124,17 +129,17 @@ class Client:
             "recipe": override or {},
             "metadata": metadata or {},
         }
-        return Job.model_validate_json(self._post("/generate", json=body))
+        return _parsed(Job, self._post("/generate", json=body))
 
     def evaluate(self, dataset_uri: str, **choices: Any) -> Job:
         """``POST /evaluate``: what synthetic pairs are worth. ``choices`` are the fields of ``EvaluateRequest``, e.g.
         ``folds=5`` or ``synthetic_job=job.id``. Returns the accepted job."""
         request = EvaluateRequest(dataset_uri=dataset_uri, **choices)
-        return Job.model_validate_json(self._post("/evaluate", json=request.model_dump(mode="json")))
+        return _parsed(Job, self._post("/evaluate", json=request.model_dump(mode="json")))
 
     def report(self, job_id: str) -> Report:
         """``GET /jobs/{id}/report``."""
-        return Report.model_validate_json(self._get(f"{_job(job_id)}/report").content)
+        return _parsed(Report, self._get(f"{_job(job_id)}/report").content)
 
     def report_page(self, job_id: str) -> bytes:
         """``GET /jobs/{id}/report?format=html``: one page that needs nothing beside it."""
@@ -142,7 +147,7 @@ class Client:
 
     def job(self, job_id: str) -> Job:
         """``GET /jobs/{id}``."""
-        return Job.model_validate_json(self._get(_job(job_id)).content)
+        return _parsed(Job, self._get(_job(job_id)).content)
 
     def jobs(
         self, *, kind: Kind | None = None, status: Status | None = None, metadata: dict[str, str] | None = None
@@ -153,7 +158,7 @@ class Client:
         }
         query["metadata"] = [f"{name}:{value}" for name, value in (metadata or {}).items()]
         for content in self._pages("/jobs", query):
-            yield from JobList.model_validate_json(content).jobs
+            yield from _parsed(JobList, content).jobs
 
     def wait(self, job_id: str, on_update: Callable[[Job], None] | None = None) -> Job:
         """Until the job has ended, whichever way; ``on_update`` gets it now, after every change and every few
@@ -161,7 +166,7 @@ class Client:
         response = self._get_patiently(_job(job_id))
         while True:
             if response.status_code != httpx.codes.NOT_MODIFIED:
-                job = Job.model_validate_json(response.content)
+                job = _parsed(Job, response.content)
             if on_update is not None:
                 on_update(job)
             if job.status in ENDED:
@@ -171,15 +176,15 @@ class Client:
 
     def cancel(self, job_id: str) -> Job:
         """``POST /jobs/{id}/cancel``. Returns the job, usually ``cancelling``."""
-        return Job.model_validate_json(self._post(f"{_job(job_id)}/cancel"))
+        return _parsed(Job, self._post(f"{_job(job_id)}/cancel"))
 
     def manifest(self, job_id: str) -> Manifest:
         """``GET /jobs/{id}/manifest``."""
-        return Manifest.model_validate_json(self._get(f"{_job(job_id)}/manifest").content)
+        return _parsed(Manifest, self._get(f"{_job(job_id)}/manifest").content)
 
     def previews(self, job_id: str) -> tuple[Preview, ...]:
         """``GET /jobs/{id}/previews``: those drawn so far."""
-        return PreviewList.model_validate_json(self._get(f"{_job(job_id)}/previews").content).previews
+        return _parsed(PreviewList, self._get(f"{_job(job_id)}/previews").content).previews
 
     def preview(self, job_id: str, name: str) -> bytes:
         """``GET /jobs/{id}/previews/{name}``: a PNG."""
@@ -194,7 +199,7 @@ class Client:
         where a picture's digest is not the manifest's.
         """
         raw = self._get(f"{_job(job_id)}/manifest").content
-        manifest = Manifest.model_validate_json(raw)
+        manifest = _parsed(Manifest, raw)
         wanted = [(pair.index, what, getattr(pair, what).sha256) for pair in manifest.pairs for what in DELIVERED]
         (folder / "pairs").mkdir(parents=True, exist_ok=True)
 
@@ -220,20 +225,20 @@ class Client:
 
     def upload(self, source: Path) -> DatasetSummary:
         """``POST /datasets``: imports a folder or a zip archive of this machine."""
-        return DatasetSummary.model_validate_json(self._post_dataset("/datasets", source))
+        return _parsed(DatasetSummary, self._post_dataset("/datasets", source))
 
     def validate(self, source: str | Path) -> ValidationReport:
         """``POST /datasets/validate``: every fault of a dataset URI, or of a folder or zip archive of this machine."""
-        return ValidationReport.model_validate_json(self._post_dataset("/datasets/validate", source))
+        return _parsed(ValidationReport, self._post_dataset("/datasets/validate", source))
 
     def datasets(self) -> tuple[DatasetSummary, ...]:
         """``GET /datasets``: every one."""
-        pages = (DatasetList.model_validate_json(content) for content in self._pages("/datasets", {}))
+        pages = (_parsed(DatasetList, content) for content in self._pages("/datasets", {}))
         return tuple(dataset for page in pages for dataset in page.datasets)
 
     def dataset(self, dataset_id: str) -> Dataset:
         """``GET /datasets/{id}``: with every case."""
-        return Dataset.model_validate_json(self._get(f"/datasets/{quote(dataset_id, safe='')}").content)
+        return _parsed(Dataset, self._get(f"/datasets/{quote(dataset_id, safe='')}").content)
 
     def delete_dataset(self, dataset_id: str, *, derived: bool = False) -> None:
         """``DELETE /datasets/{id}``; with ``derived`` the models and pairs made from it go too."""
@@ -241,12 +246,12 @@ class Client:
 
     def models(self) -> tuple[ModelCard, ...]:
         """``GET /models``: every one, newest first."""
-        pages = (ModelList.model_validate_json(content) for content in self._pages("/models", {}))
+        pages = (_parsed(ModelList, content) for content in self._pages("/models", {}))
         return tuple(model for page in pages for model in page.models)
 
     def model(self, model: str) -> ModelCard:
         """``GET /models/{id}``; a name will do as well."""
-        return ModelCard.model_validate_json(self._get(f"/models/{quote(model, safe='')}").content)
+        return _parsed(ModelCard, self._get(f"/models/{quote(model, safe='')}").content)
 
     def delete_model(self, model: str, *, derived: bool = False) -> None:
         """``DELETE /models/{id}``, a name will do as well; with ``derived`` the pairs made with it go too."""
@@ -286,10 +291,10 @@ class Client:
 
     def _post_dataset(self, path: str, source: str | Path) -> bytes:
         if isinstance(source, str):
-            return self._send("POST", path, json={"dataset_uri": source}, timeout=None).content
+            return self._send("POST", path, json={"dataset_uri": source}, timeout=_IMPORTING).content
         with _archive(source) as archive:
             headers = {"Content-Type": "application/zip", "Content-Length": str(archive.stat().st_size)}
-            return self._send("POST", path, headers=headers, upload=archive, timeout=None).content
+            return self._send("POST", path, headers=headers, upload=archive, timeout=_IMPORTING).content
 
     def _send(self, method: str, path: str, *, upload: Path | None = None, **options: Any) -> httpx.Response:
         away = _AWAY - {504} if upload else _AWAY  # After a 504 the service may still be at work on it.
@@ -310,6 +315,11 @@ class Client:
         raise ServiceError(_problem(response))
 
 
+def _parsed(model: type[M], content: bytes) -> M:
+    """The answer as a ``model``; fields that a newer service adds are passed over."""
+    return model.model_validate_json(content, extra="ignore")
+
+
 def _job(job_id: str) -> str:
     return f"/jobs/{quote(job_id, safe='')}"
 
@@ -317,7 +327,7 @@ def _job(job_id: str) -> str:
 def _problem(response: httpx.Response) -> Problem:
     """The problem in the answer; of an answer that is none (a proxy's, say) one made from its status."""
     try:
-        return Problem.model_validate_json(response.content)
+        return _parsed(Problem, response.content)
     except ValueError:
         phrase = response.reason_phrase
         return Problem(

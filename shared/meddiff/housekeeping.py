@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
+import structlog
+from pydantic import ValidationError
+
 from meddiff.contracts.base import sha256_hex
 from meddiff.contracts.jobs import End, FinetuneSpec, GenerateSpec, Spec
 from meddiff.contracts.manifest import Manifest
 from meddiff.planning.observe import read_spec
 from meddiff.store.keys import DatasetKeys, JobKeys, ModelKeys, active, job_of_newest, newest_root, tenant_root
 from meddiff.store.objects import NotFound, ObjectStore
+
+log = structlog.get_logger()
 
 GRACE = timedelta(hours=1)
 """What belongs to nothing may still be on its way to belong to something: an import, a job being accepted."""
@@ -53,7 +58,11 @@ class Verified:
 def fsck(store: ObjectStore, now: datetime, verified: Verified) -> Iterator[Finding]:
     """Every manifest checked against its pictures' bytes, and everything in the bucket that no job, model or dataset
     owns. ``verified`` counts along."""
+    readable = list(_readable(store))
     for tenant in store.children("t/"):
+        if tenant not in readable:
+            yield Finding("unknown", f"t/{tenant}", "a record that this version does not read: see the log")
+    for tenant in readable:
         for spec in _specs(store, tenant):
             yield from _manifest_findings(store, spec, verified)
     yield from orphans(store, now)
@@ -65,7 +74,7 @@ def fsck(store: ObjectStore, now: datetime, verified: Verified) -> Iterator[Find
 def tidy(store: ObjectStore, now: datetime) -> int:
     """Removes every orphan and returns how many there were; and a job whose request was cut off before it was made
     active is so now. Running it twice, or beside jobs that go on, does no harm."""
-    for tenant in store.children("t/"):
+    for tenant in _readable(store):
         for spec in _specs(store, tenant):
             if not store.exists(JobKeys(tenant, spec.id).end) and not store.exists(active(tenant, spec.id)):
                 store.put(active(tenant, spec.id), b"")  # One that has ended meanwhile the sweep drops again.
@@ -78,7 +87,7 @@ def tidy(store: ObjectStore, now: datetime) -> int:
 
 def orphans(store: ObjectStore, now: datetime) -> Iterator[Finding]:
     """What nothing needs: leftovers of jobs that have ended, parts of what was never finished or is removed."""
-    for tenant in store.children("t/"):
+    for tenant in _readable(store):
         jobs = set(store.children(tenant_root(tenant, "jobs")))
         specs = {spec.id: spec for spec in _specs(store, tenant)}
         for job_id in sorted(jobs - set(specs)):
@@ -97,6 +106,19 @@ def orphans(store: ObjectStore, now: datetime) -> Iterator[Finding]:
                 yield Finding("orphan", key, f"an idempotency key of more than {IDEMPOTENCY_KEPT.days} days ago")
 
 
+def _readable(store: ObjectStore) -> Iterator[str]:
+    """The tenants all of whose jobs can be read; of another, written by a newer version or damaged, nothing may be told
+    to be needed by none."""
+    for tenant in store.children("t/"):
+        try:
+            for spec in _specs(store, tenant):
+                _end(store, spec)
+        except ValidationError as error:
+            log.warning("records not readable", tenant=tenant, kind=error.title)
+            continue
+        yield tenant
+
+
 def _specs(store: ObjectStore, tenant: str) -> Iterator[Spec]:
     for job_id in store.children(tenant_root(tenant, "jobs")):
         with suppress(NotFound):
@@ -113,8 +135,11 @@ def _end(store: ObjectStore, spec: Spec) -> End | None:
 def _manifest(store: ObjectStore, spec: Spec) -> Manifest | None:
     try:
         return store.get_json(JobKeys(spec.tenant, spec.id).manifest, Manifest)
+    except ValidationError as error:
+        log.warning("manifest not readable", tenant=spec.tenant, job=spec.id, kind=error.title)
     except NotFound:
-        return None
+        pass
+    return None
 
 
 def _manifest_findings(store: ObjectStore, spec: Spec, verified: Verified) -> Iterator[Finding]:

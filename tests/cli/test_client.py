@@ -52,6 +52,26 @@ def test_jobs_are_started_read_and_listed(client: Client, gateway: Gateway) -> N
     assert client.recipes() == RECIPES
 
 
+def test_what_a_newer_service_adds_is_passed_over_and_a_key_may_end_with_a_line() -> None:
+    sent: list[str | None] = []
+
+    class Newer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            sent.append(self.headers["Authorization"])
+            body = b'{"models": [], "next": null, "newer": {"field": 1}}'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with HTTPServer(("127.0.0.1", 0), Newer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{server.server_port}", key="mdft_1234\r\n") as newer:
+            assert newer.models() == ()
+        server.shutdown()
+    assert sent == ["Bearer mdft_1234"]
+
+
 def test_a_list_goes_over_all_pages(client: Client, gateway: Gateway) -> None:
     dataset = put_dataset(gateway.store, gateway.tenant)
     started = {client.finetune(dataset.id).id for _ in range(25)}

@@ -181,6 +181,39 @@ def test_a_mask_that_does_not_follow_the_orientation_is_told_so() -> None:
     assert faults(files | {"masks/1.png": mask((32, 48))}) == []
 
 
+@pytest.mark.parametrize("orientation", [2, 3, 4])
+def test_an_image_turned_to_its_own_size_is_refused(orientation: int) -> None:
+    """Whether the mask was drawn on the upright picture shows in nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    ((pointer, detail),) = faults(pairs() | {"images/1.png": encoded(noise(1), exif=exif)})
+    assert pointer == "images/1.png"
+    assert "upright" in detail
+    assert faults(pairs() | {"backgrounds/1.png": encoded(noise(9), exif=exif)}) == []
+
+
+def test_one_picture_with_its_masks_in_several_pairs_is_refused() -> None:
+    """The second lesion would be trained as healthy tissue; another drawing of the same one is told alone."""
+    elsewhere = np.zeros((32, 48), np.uint8)
+    elsewhere[28:31, 40:46] = 255
+    assert not (np.asarray(patch()).astype(bool) & elsewhere.astype(bool)).any()
+    files = pairs() | {"images/1.png": photo(0)}
+    assert faults(files) == []
+    ((pointer, detail),) = faults(files | {"masks/1.png": encoded(Image.fromarray(elsewhere))})
+    assert pointer == "images/1.png"
+    assert "images/0.png" in detail
+    larger = np.maximum(np.asarray(patch()), elsewhere)
+    report = validate(files | {"masks/1.png": encoded(Image.fromarray(larger))})
+    assert report.valid
+    assert any("with another mask" in note for note in report.notes)
+
+
+def test_two_masks_of_one_name_are_refused() -> None:
+    ((pointer, detail),) = faults(pairs() | {"masks/1.tif": encoded(patch(), "TIFF")})
+    assert pointer == "masks/1.tif"
+    assert "masks/1.png" in detail
+
+
 def test_backgrounds_alone_are_a_dataset_but_none_to_train_on(store: ObjectStore) -> None:
     dataset = imported({f"backgrounds/{n}.png": photo(n) for n in range(2)}, store)
     assert [case.role for case in dataset.cases] == ["background", "background"]

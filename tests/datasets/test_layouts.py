@@ -143,6 +143,41 @@ def test_data_json_in_each_of_its_forms(content: str) -> None:
     assert listing == Listing(CASES, prompt="An image of hta")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_data_json_in_every_unicode_encoding(encoding: str) -> None:
+    rows = [{"image": "images/a.jpg", "mask": "masks/a.png", "patient": " 7 "}]
+    _, listing = read(*FILES, **{"data.json": json.dumps(rows).encode(encoding)})
+    assert [case.patient for case in listing.cases] == ["7"]
+
+
+@pytest.mark.parametrize("patient", ["null", "NaN", '""', '"  "'])
+def test_a_patient_that_is_not_named_is_unknown(patient: str) -> None:
+    row = f'{{"image": "images/a.jpg", "mask": "masks/a.png", "patient": {patient}}}'
+    _, listing = read(*FILES, **{"data.json": row.encode()})
+    assert [case.patient for case in listing.cases] == [None]
+
+
+def test_a_data_json_without_pairs_does_not_hide_one_with() -> None:
+    row = json.dumps({"image": "a.png", "mask": "b.png"}).encode()
+    name, listing = read("set/a.png", "set/b.png", **{"data.json": b"{}", "set/data.json": row})
+    assert (name, listing.cases) == ("data_json", (RawCase("set/a.png", ("set/b.png",)),))
+
+
+def test_a_path_that_leads_up_is_followed_before_folders_are_dropped() -> None:
+    row = json.dumps({"image": "../test/images/0.png", "mask": "masks/0.png"}).encode()
+    _, listing = read("test/images/0.png", "train/images/0.png", "train/masks/0.png", **{"train/data.json": row})
+    assert listing.cases == (RawCase("test/images/0.png", ("train/masks/0.png",)),)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("prompt", "cut \ud83d"), ("patient", ["a", "list"])], ids=["half a character", "a list"]
+)
+def test_values_of_data_json_that_are_no_text_are_faults(field: str, value: object) -> None:
+    row = {"image": "images/a.jpg", "mask": "masks/a.png", field: value}
+    _, listing = read(*FILES, **{"data.json": json.dumps(row).encode()})
+    assert [field in fault.detail for fault in listing.faults] == [True]
+
+
 def test_data_json_names_every_fault_of_every_line() -> None:
     lines = [
         json.dumps(ROWS[0]),

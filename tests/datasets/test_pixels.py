@@ -73,9 +73,27 @@ def two_colours() -> Image.Image:
     return Image.merge("RGB", (patch(), patch(value=0), patch().transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
 
 
+def label_map(*levels: int) -> bytes:
+    """Areas of these levels, as large as each other, side by side."""
+    values = np.zeros((64, 40 * len(levels) + 40), np.uint8)
+    for n, level in enumerate(levels):
+        values[20:50, 20 + 40 * n : 50 + 40 * n] = level
+    return encoded(Image.fromarray(values))
+
+
+def test_the_rim_that_a_filter_leaves_is_no_label_map() -> None:
+    drawn = np.zeros((200, 300), np.uint8)
+    drawn[60:140, 90:210] = 255
+    for kernel in (Image.Resampling.BILINEAR, Image.Resampling.LANCZOS):
+        assert decode_mask(encoded(Image.fromarray(drawn).resize((900, 600), kernel))).any()
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
+        (label_map(1, 7), "a label map"),
+        (label_map(1, 255), "a label map"),
+        (label_map(6, 7), "a label map"),
         (encoded(labels()), "shades of grey"),
         (encoded(noise().convert("L")), "shades of grey"),
         (encoded(noise(), "JPEG"), "shades of grey"),
@@ -83,7 +101,17 @@ def two_colours() -> Image.Image:
         (encoded(patch().convert("CMYK"), "JPEG"), "CMYK"),
         (MASKS["0/255"][:60], "truncated or damaged"),
     ],
-    ids=["labels", "photo", "photo as JPEG", "two colours", "CMYK", "truncated"],
+    ids=[
+        "classes 1 and 7",
+        "1 and an ignored 255",
+        "6 and 7",
+        "labels",
+        "photo",
+        "photo as JPEG",
+        "two colours",
+        "CMYK",
+        "truncated",
+    ],
 )
 def test_what_is_no_mask_is_refused(data: bytes, reason: str) -> None:
     with pytest.raises(PixelError, match=reason):
@@ -133,6 +161,14 @@ def with_alpha(opacity: int) -> Image.Image:
     image = noise().convert("RGBA")
     image.putalpha(opacity)
     return image
+
+
+def test_a_tiff_is_turned_as_its_orientation_says() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    decoded = decode_image(encoded(noise(), "TIFF", exif=exif))
+    assert (decoded.size, decoded.unturned) == ((32, 48), (48, 32))
+    assert "EXIF" in decoded.notes[0]
 
 
 def test_opaque_alpha_is_dropped() -> None:

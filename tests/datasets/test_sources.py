@@ -52,6 +52,42 @@ def test_folder_archive_and_prefix_hold_the_same(
             assert dict(source) == files
 
 
+def test_names_that_are_not_utf_8_are_named(settings: Settings, store: ObjectStore, tmp_path: Path) -> None:
+    folder = write_folder(pairs(), tmp_path / "old share")
+    Path(os.fsdecode(os.fsencode(folder) + b"/images/M\xfcller.png")).write_bytes(b"")
+    slug, text = refusal(folder.as_uri(), settings, store)
+    assert slug == "invalid-dataset"
+    assert "images/M\\udcfcller.png its name is not UTF-8" in text
+    text.encode()
+
+
+def test_hidden_links_are_not_looked_at_and_circular_ones_are_named(
+    settings: Settings, store: ObjectStore, tmp_path: Path
+) -> None:
+    folder = write_folder(pairs(), tmp_path / "linked")
+    (folder / ".latest").symlink_to(folder / "images", target_is_directory=True)
+    with open_source(folder.as_uri(), settings, store, TENANT) as source:
+        assert dict(source) == pairs()
+    (folder / "images" / "loop.png").symlink_to(folder / "images" / "loop.png")
+    slug, text = refusal(folder.as_uri(), settings, store)
+    assert slug == "source-refused"
+    assert "images/loop.png a link that leads to itself" in text
+    assert refusal((folder / "images" / "loop.png").as_uri(), settings, store)[0] == "invalid-request"
+
+
+def test_members_below_a_dot_are_read_and_repeated_ones_named(
+    settings: Settings, store: ObjectStore, tmp_path: Path
+) -> None:
+    archive = write_zip({f"./{name}": data for name, data in pairs().items()}, tmp_path / "dot.zip")
+    with open_source(archive.as_uri(), settings, store, TENANT) as source:
+        assert dict(source) == pairs()
+    with zipfile.ZipFile(archive, "a") as members:
+        members.writestr("images/0.png", b"")
+    slug, text = refusal(archive.as_uri(), settings, store)
+    assert slug == "invalid-dataset"
+    assert "images/0.png 2 members of this name" in text
+
+
 @pytest.mark.parametrize(
     "uri",
     [

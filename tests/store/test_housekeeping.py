@@ -69,6 +69,26 @@ def test_of_a_job_that_is_whole_nothing_is_found(store: ObjectStore, made: Gener
     assert sorted(store.list("")) == before
 
 
+def test_records_of_another_version_keep_their_tenant_from_being_tidied_alone(
+    store: ObjectStore, made: Generated
+) -> None:
+    """Of what one holds nothing can be told; other tenants' leftovers go."""
+    elsewhere = put_generated(store, "elsewhere")
+    surplus = [
+        JobKeys(tenant, job.spec.id).candidate(9, "image")
+        for tenant, job in (("local", made), ("elsewhere", elsewhere))
+    ]
+    for key in surplus:
+        store.put(key, b"x")
+    store.put(
+        JobKeys("local", made.spec.id).spec,
+        made.spec.model_dump_json().replace('"recipe":{', '"recipe":{"newer":1,').encode(),
+    )
+    assert tidy(store, datetime.now(UTC)) == 1
+    assert [store.exists(key) for key in surplus] == [True, False]
+    assert found(store)["unknown"] == {"t/local"}
+
+
 def test_a_picture_missing_or_altered_is_named(store: ObjectStore, made: Generated) -> None:
     first, second = (pair.image.key for pair in made.manifest.pairs)
     store.delete([first])

@@ -22,6 +22,7 @@ from meddiff.planning.jobs import read_job
 from meddiff.planning.observe import read_spec
 from meddiff.store.keys import JobKeys, job_of_newest, newest, newest_root
 from meddiff.store.objects import NotFound
+from pydantic import ValidationError
 
 from meddiff_services.gateway.acceptance import accept, evaluate_spec, finetune_spec, generate_spec
 from meddiff_services.gateway.access import Here, still_admitted
@@ -232,16 +233,15 @@ def _unfinished(here: Backends, last: str | None) -> Iterator[Spec]:
     """Specs of the jobs that have not ended, newest first, those after ``last``: few, however long the history is."""
     for tenant, job_id in reversed(active_jobs(here.store)):
         if tenant == here.tenant and (last is None or job_id < last):
-            with suppress(NotFound):
+            with suppress(NotFound, ValidationError):
                 yield read_spec(here.store, tenant, job_id)
 
 
 def _newest(here: Backends, start_after: str | None) -> Iterator[Spec]:
+    """Specs of all jobs; one that a newer version wrote, or that is damaged, does not keep the others from the list."""
     for key in here.store.list(newest_root(here.tenant), start_after):
-        try:
+        with suppress(NotFound, ValidationError):
             yield read_spec(here.store, here.tenant, job_of_newest(key))
-        except NotFound:
-            continue
 
 
 def _pairs(metadata: Sequence[str]) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from meddiff.contracts.base import Contract
 
@@ -75,11 +77,19 @@ TITLE: dict[ProblemSlug, str] = {
 }
 
 
-class Fault(Contract):
-    """One fault of an input. ``pointer`` is a JSON pointer into the body (RFC 6901) or a file name in the dataset."""
+def _readable(text: object) -> object:
+    return text.encode("utf-8", "backslashreplace").decode() if isinstance(text, str) else text
 
-    pointer: str
-    detail: str
+
+Readable = Annotated[str, BeforeValidator(_readable)]
+
+
+class Fault(Contract):
+    """One fault of an input. ``pointer`` is a JSON pointer into the body (RFC 6901) or a file name in the dataset;
+    bytes of a name that are not UTF-8 are written out, for JSON has none."""
+
+    pointer: Readable
+    detail: Readable
 
 
 class Problem(Contract):

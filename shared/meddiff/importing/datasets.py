@@ -197,7 +197,7 @@ def _judge(source: Files, keep: Keep, progress: Progress) -> _Judged:
     judged.faults += _other_formats(source)
     window = _window(source, judged.faults)
     patients: dict[str, str] = {}
-    first_with: dict[str, str] = {}
+    first_with: dict[str, tuple[RawCase, Case]] = {}
     raw_cases = sorted(listing.cases, key=lambda raw: raw.image)
     for number, raw in enumerate(raw_cases):
         image, mask, faults = _decode(raw, source, window)
@@ -210,9 +210,14 @@ def _judge(source: Files, keep: Keep, progress: Progress) -> _Judged:
             case = _case(case_id, raw, image, image_png, mask_png, patients)
             for remark in image.notes:
                 judged.remarks[remark].append(raw.image)
-            first = first_with.setdefault(case.image_sha256, raw.image)
-            if first != raw.image:
-                judged.remarks["the same picture as another of the dataset"].append(raw.image)
+            first, its_case = first_with.setdefault(case.image_sha256, (raw, case))
+            if first != raw:
+                judged.remarks[_same_picture(its_case, case)].append(raw.image)
+            if mask is not None and its_case.mask_sha256 != case.mask_sha256:
+                other = _decode(first, source, window)[1]
+                if other is not None and not (mask & other).any():
+                    detail = f"the same picture as {first.image}, with a mask elsewhere: give one picture all its masks"
+                    judged.faults.append(Fault(pointer=raw.image, detail=detail))
             judged.cases.append(case)
             keep(case_id, "image", image_png)
             if mask_png is not None:
@@ -222,6 +227,14 @@ def _judge(source: Files, keep: Keep, progress: Progress) -> _Judged:
         judged.remarks |= _left_out(source, listing)
         judged.faults += _too_few(judged.count("pair"), judged.count("background"))
     return judged
+
+
+def _same_picture(first: Case, case: Case) -> str:
+    if {first.role, case.role} == {"pair", "background"}:
+        return "the same picture with a lesion and as a lesion-free one"
+    if first.mask_sha256 != case.mask_sha256:
+        return "the same picture as another of the dataset with another mask: the first is used"
+    return "the same picture as another of the dataset"
 
 
 def _case(
@@ -264,6 +277,9 @@ def _decode(raw: RawCase, source: Files, window: Window | None) -> tuple[Decoded
             faults.append(Fault(pointer=name, detail=_size_differs(mask, image)))
     if not masks or len(masks) < len(raw.masks) or len({mask.shape for mask in masks}) > 1:
         return image, None, faults
+    if image is not None and image.orientation > 1 and image.unturned == image.size and raw.role == "pair":
+        detail = "turned by its EXIF orientation, and no size tells whether its mask is: save the image upright"
+        faults.append(Fault(pointer=raw.image, detail=detail))
     merged = merge(masks)
     faults += [Fault(pointer=raw.masks[0], detail=detail) for detail in _coverage(merged, raw.role)]
     return image, merged if raw.role == "pair" else None, faults

@@ -19,6 +19,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
+RIM_PX = 8
 _BLACK, _WHITE = 0.15 * 255, 0.85 * 255
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 258
@@ -46,17 +47,23 @@ class Window:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """``pixels`` uint8 (h, w, c), c 1 or 3, upright. ``unturned`` is (w, h) before the orientation was applied.
-    ``notes`` say what was done to the file's own pixels."""
+    """``pixels`` uint8 (h, w, c), c 1 or 3, upright. ``orientation`` is what EXIF said of the file's own (1: upright,
+    5 to 8: lying). ``notes`` say what was done to them."""
 
     pixels: Pixels
-    unturned: tuple[int, int]
+    orientation: int
     notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
         return self.pixels.shape[1], self.pixels.shape[0]
+
+    @property
+    def unturned(self) -> tuple[int, int]:
+        """(width, height) of the file's own pixels, before the orientation was applied."""
+        width, height = self.size
+        return (height, width) if self.orientation >= 5 else (width, height)
 
 
 def decode_image(data: bytes, window: Window | None = None) -> DecodedImage:
@@ -65,35 +72,34 @@ def decode_image(data: bytes, window: Window | None = None) -> DecodedImage:
     Grey of more than 8 bits needs a ``window``. Raises ``PixelError`` for anything else than one 8-bit grey, palette
     or RGB picture of at most 64 megapixels, named by what it is.
     """
-    opened = _open(data)
-    unturned = opened.size
-    image, turned = _load(opened)
-    notes = ["turned as its EXIF orientation says"] if turned else []
+    image, orientation = _load(_open(data))
+    notes = ["turned as its EXIF orientation says"] if orientation > 1 else []
     if image.mode in _DEEP_GREY:
         if window is None:
             raise PixelError("more than 8 bits a sample; save it with 8, or put a window.json beside the data")
         pixels = window.apply(np.asarray(image))[..., None]
         return DecodedImage(
-            pixels, unturned, (*notes, f"more than 8 bits, through the window {window.low} to {window.high}")
+            pixels, orientation, (*notes, f"more than 8 bits, through the window {window.low} to {window.high}")
         )
     image, dropped = _without_alpha(image)
     if dropped:
         notes.append("opaque alpha channel dropped")
     if image.mode in ("1", "L"):
-        return DecodedImage(np.asarray(image.convert("L"))[..., None], unturned, tuple(notes))
+        return DecodedImage(np.asarray(image.convert("L"))[..., None], orientation, tuple(notes))
     pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     if _is_grey(pixels):
         return DecodedImage(
-            np.ascontiguousarray(pixels[..., :1]), unturned, (*notes, "grey in three channels, kept as one")
+            np.ascontiguousarray(pixels[..., :1]), orientation, (*notes, "grey in three channels, kept as one")
         )
-    return DecodedImage(pixels, unturned, tuple(notes))
+    return DecodedImage(pixels, orientation, tuple(notes))
 
 
 def decode_mask(data: bytes) -> Mask:
     """The mask in ``data`` as bool (h, w), True inside the lesion: brighter than half of its brightest value.
 
     0/1, 0/255, 1-bit, 16-bit, RGB and palette files mean the same. Grey along a rim, as JPEG and smooth scaling leave
-    it, is cut at the half; grey elsewhere, or several colours, is no mask. Raises ``PixelError``.
+    it, is cut at the half; grey elsewhere, a second level over an area, or several colours, is no mask. Raises
+    ``PixelError``.
     """
     opened = _open(data)
     lossy = opened.format == "JPEG"
@@ -107,6 +113,8 @@ def decode_mask(data: bytes) -> Mask:
     if brightest <= 0:
         return np.zeros(values.shape, np.bool_)
     _refuse_grey_areas(_brightened(values, brightest), tolerance=0.10 if lossy else 0.02)
+    if not lossy:
+        _refuse_classes(values, brightest)
     return np.asarray(values > brightest / 2)
 
 
@@ -178,15 +186,21 @@ def _tag(image: Image.Image, number: int, otherwise: Any) -> Any:
     return image.tag_v2.get(number, otherwise)  # type: ignore[attr-defined]
 
 
-def _load(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The decoded image, upright, and whether it had to be turned or mirrored for that."""
+def _load(image: Image.Image) -> tuple[Image.Image, int]:
+    """The decoded image, upright, and the EXIF orientation that it had: 1 where none, or none that is known."""
     try:
+        before = _orientation(image)  # Pillow turns a TIFF as it loads it.
         image.load()
-        turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+        orientation = max(before, _orientation(image))
         ImageOps.exif_transpose(image, in_place=True)
-        return image, turned
+        return image, orientation
     except Exception:
         raise PixelError("truncated or damaged: its pixels cannot be decoded") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    value = image.getexif().get(_ORIENTATION, 1)
+    return int(value) if value in range(1, 9) else 1
 
 
 def _without_alpha(image: Image.Image) -> tuple[Image.Image, bool]:
@@ -229,6 +243,19 @@ def _refuse_grey_areas(levels: Pixels, tolerance: float) -> None:
     rim = _near(levels >= _WHITE, reach) & _near(levels <= _BLACK, reach)
     if (grey & ~rim).sum() > tolerance * (levels > _BLACK).sum():
         raise PixelError("shades of grey over whole areas: not a mask of one lesion class in black and white")
+
+
+def _refuse_classes(values: NDArray[np.integer[Any]], brightest: int) -> None:
+    """Raise ``PixelError`` where one level between black and the brightest, as of a label map, holds more than 2 % of
+    what is not black away from any rim."""
+    between = (values > 0) & (values < brightest)
+    if not between.any():
+        return
+    rim = _near(values == brightest, RIM_PX) & _near(values <= 0, RIM_PX)
+    counts = np.bincount(values[between & ~rim].ravel(), minlength=1)
+    if counts.max() > 0.02 * (values > 0).sum():
+        found = f"levels {counts.argmax()} and {brightest} over whole areas"
+        raise PixelError(f"{found}, a label map: a mask is one lesion class on black")
 
 
 def _near(where: Mask, reach: int) -> Mask:

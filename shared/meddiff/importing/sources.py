@@ -10,6 +10,7 @@ import stat
 import tempfile
 import zipfile
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import IO
 from urllib.parse import unquote
 
 from meddiff.contracts.problems import Fault, ProblemError
-from meddiff.layouts import relevant
+from meddiff.layouts import is_text, relevant
 from meddiff.settings import Settings
 from meddiff.store.objects import NotFound, ObjectStore, StoreRefused
 
@@ -44,6 +45,9 @@ class Source(Mapping[str, bytes]):
 
     def __init__(self, paths: Iterable[str]) -> None:
         self._paths = dict.fromkeys(relevant(paths))
+        unnamed = [Fault(pointer=path, detail="its name is not UTF-8") for path in self._paths if not is_text(path)]
+        if unnamed:
+            raise ProblemError("invalid-dataset", "names of files that cannot be read", sorted_faults(unnamed))
         if len(self._paths) > MAX_FILES:
             raise ProblemError("invalid-dataset", f"more than {MAX_FILES} files")
 
@@ -75,14 +79,19 @@ class Folder(Source):
         faults: list[Fault] = []
         closed: list[OSError] = []
         for parent, folders, names in os.walk(folder, onerror=closed.append):
+            files_here = set(names)
             for name in folders + names:
                 path = Path(parent, name)
                 relative = path.relative_to(folder).as_posix()
-                if not path.resolve().is_relative_to(self._root):
+                if not relevant([relative]):
+                    continue
+                if _circular(path):
+                    faults.append(Fault(pointer=relative, detail="a link that leads to itself"))
+                elif not path.resolve().is_relative_to(self._root):
                     faults.append(Fault(pointer=relative, detail="a link that leaves the folder"))
                 elif path.is_symlink() and path.is_dir():
                     faults.append(Fault(pointer=relative, detail="a link to a folder"))
-                elif name in names:
+                elif name in files_here:
                     files.append(relative)
         if closed:
             unread = [
@@ -119,9 +128,13 @@ class Archive(Source):
             raise ProblemError("invalid-dataset", "not a ZIP archive, or a damaged one") from None
         members = [member for member in self._zip.infolist() if not member.is_dir()]
         faults = [Fault(pointer=m.filename, detail=detail) for m in members for detail in _unsafe(m)]
-        self._members = {m.filename.replace("\\", "/"): m for m in members}
-        if len(self._members) < len(members):
-            faults.append(Fault(pointer="/", detail="several members of one name"))
+        names = [_member_name(member) for member in members]
+        self._members = dict(zip(names, members, strict=True))
+        faults += [
+            Fault(pointer=name, detail=f"{count} members of this name")
+            for name, count in Counter(names).items()
+            if count > 1
+        ]
         packed, unpacked = os.fstat(file.fileno()).st_size, sum(m.file_size for m in members)
         if unpacked > MAX_UNPACKED_BYTES or unpacked > max(RATIO_COUNTS_FROM, MAX_RATIO * packed):
             faults.append(Fault(pointer="/", detail=f"{packed} bytes would unpack to {unpacked}: an archive bomb"))
@@ -249,6 +262,8 @@ def _locate_folder(rest: str, roots: Sequence[Path]) -> Path:
     host, slash, path = rest.partition("/")
     if host not in ("", "localhost") or not slash or "\0" in unquote(path):
         raise _invalid("a file URI is file:///absolute/folder")
+    if _circular(Path("/" + unquote(path))):
+        raise _invalid("a link that leads to itself")
     folder = Path("/" + unquote(path)).resolve()
     _root_of(folder, roots)
     return folder
@@ -297,8 +312,21 @@ def _downloaded(bucket: ObjectStore, key: str, limit: int) -> Iterator[IO[bytes]
         yield file
 
 
+def _member_name(member: zipfile.ZipInfo) -> str:
+    """The member's path in POSIX writing, without a leading ``./``."""
+    return member.filename.replace("\\", "/").removeprefix("./")
+
+
+def _circular(path: Path) -> bool:
+    try:
+        path.resolve()
+    except (OSError, RuntimeError):
+        return True
+    return False
+
+
 def _unsafe(member: zipfile.ZipInfo) -> Iterator[str]:
-    name = member.filename.replace("\\", "/")
+    name = _member_name(member)
     if name.startswith("/") or re.match(r"^[A-Za-z]:", name) or ".." in PurePosixPath(name).parts:
         yield "its path leaves the archive"
     if stat.S_ISLNK(member.external_attr >> 16):

@@ -48,6 +48,15 @@ class Layout:
     read: Callable[[Files], Listing | None]
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: names of files that are not, and halves of surrogate pairs, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_image(path: str) -> bool:
     """Whether the name ends like an image the service reads."""
     return PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
@@ -61,8 +70,8 @@ def pair_up(
 ) -> Listing | None:
     """Join images and masks, given as (key, path), by their keys; None where there is neither.
 
-    Masks of one key belong to one image. An image without a mask, a mask without an image and two images of one key
-    are faults.
+    Masks of one key belong to one image. An image without a mask, a mask without an image, two images of one key and
+    two masks whose names differ in their endings alone are faults.
     """
     images_of, masks_of = _grouped(images), _grouped(masks)
     if not images_of and not masks_of:
@@ -74,6 +83,11 @@ def pair_up(
             cases.append(RawCase(image, tuple(masks_of[key]), role(image), patient(image)))
         else:
             faults.append(Fault(pointer=image, detail="no mask belongs to this image"))
+    for of_one in masks_of.values():
+        first: dict[str, str] = {}
+        for mask in of_one:
+            if (other := first.setdefault(str(PurePosixPath(mask).with_suffix("")), mask)) != mask:
+                faults.append(Fault(pointer=mask, detail=f"a second file of the name of {other}; remove one"))
     for key in masks_of.keys() - images_of.keys():
         faults += [Fault(pointer=mask, detail="no image belongs to this mask") for mask in masks_of[key]]
     return Listing(tuple(cases), tuple(faults))

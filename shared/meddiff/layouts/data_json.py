@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from meddiff.contracts.problems import Fault
-from meddiff.layouts.base import Files, Layout, Listing, RawCase
+from meddiff.layouts.base import Files, Layout, Listing, RawCase, is_text
 
 _NAMES = frozenset({"data.json", "data.jsonl"})
 _MASK_KEY = re.compile(r"^masks?(?:_\w+)?$")
@@ -24,37 +26,42 @@ def read(files: Files) -> Listing | None:
     leading folders are dropped until it names a file.
     """
     listings = sorted(
-        (path for path in files if PurePosixPath(path).name.lower() in _NAMES), key=lambda p: p.count("/")
+        (path for path in files if PurePosixPath(path).name.lower() in _NAMES), key=lambda p: (p.count("/"), p)
     )
-    if not listings:
+    named: dict[str, str] = {}
+    for path in listings:
+        try:
+            text = _text(files[path])
+        except OSError as error:
+            if named:
+                continue
+            return Listing((), (Fault(pointer=path, detail=str(error)),))
+        if '"image"' in text:
+            named[path] = text
+    if not named:
         return None
-    name = listings[0]
-    rivals = [path for path in listings if path.count("/") == name.count("/") and _has_pairs(files, path)]
+    name = next(iter(named))
+    rivals = [path for path in named if path.count("/") == name.count("/")]
     if len(rivals) > 1:
         return Listing(
             (), tuple(Fault(pointer=path, detail="one of several; name the folder of one") for path in rivals)
         )
-    try:
-        content = files[name]
-    except OSError as error:
-        return Listing((), (Fault(pointer=name, detail=str(error)),))
-    if b'"image"' not in content:
-        return None
     faults: list[Fault] = []
     cases: list[RawCase] = []
     prompts: Counter[str] = Counter()
-    for place, row in _rows(content):
+    for place, row in _rows(named[name]):
         problems = [row] if isinstance(row, str) else list(_problems(row, name, files))
         faults += [Fault(pointer=name, detail=f"{place}: {problem}") for problem in problems]
         if isinstance(row, str) or problems:
             continue
         masks = tuple(_resolve(mask, name, files) or mask for mask in _masks(row))
         patient = row.get("patient")
+        known = not (patient is None or patient != patient or str(patient).strip() == "")
         cases.append(
             RawCase(
                 _resolve(row["image"], name, files) or row["image"],
                 masks,
-                patient=None if patient is None else str(patient),
+                patient=str(patient).strip() if known else None,
             )
         )
         if row.get("prompt"):
@@ -69,16 +76,13 @@ def read(files: Files) -> Listing | None:
     return Listing(tuple(cases), tuple(faults), notes, prompt)
 
 
-def _has_pairs(files: Files, path: str) -> bool:
-    try:
-        return b'"image"' in files[path]
-    except OSError:
-        return False
+def _text(content: bytes) -> str:
+    """The file's text, in whichever Unicode encoding it is (RFC 4627, section 3), with or without its mark."""
+    return content.decode(json.detect_encoding(content), errors="replace").removeprefix("\ufeff")
 
 
-def _rows(content: bytes) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _rows(text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Each entry with its place, or in its stead what is wrong with it."""
-    text = content.decode("utf-8-sig", errors="replace")
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
@@ -130,14 +134,19 @@ def _problems(row: dict[str, Any], name: str, files: Files) -> Iterable[str]:
             yield f"{path!r:.60} is not a path"
         elif _resolve(path, name, files) is None:
             yield f"{path} is not in the dataset"
-    if not isinstance(row.get("prompt"), str | None):
+    prompt, patient = row.get("prompt"), row.get("patient")
+    if prompt is not None and not (isinstance(prompt, str) and is_text(prompt)):
         yield "the prompt is not text"
+    if patient is not None and not isinstance(patient, str | int | float):
+        yield "the patient is neither text nor a number"
 
 
 def _resolve(path: str, name: str, files: Files) -> str | None:
-    parts = [part for part in PurePosixPath(path.replace("\\", "/")).parts if part not in ("..", ".", "/")]
+    plain = path.replace("\\", "/")
+    parts = [part for part in PurePosixPath(plain).parts if part not in ("..", ".", "/")]
     folder = PurePosixPath(name).parent
-    candidates = (str(folder.joinpath(*parts[start:])) for start in range(len(parts)))
+    dropped = (str(folder.joinpath(*parts[start:])) for start in range(len(parts)))
+    candidates = itertools.chain([posixpath.normpath(folder / plain)], dropped)
     return next((candidate for candidate in candidates if candidate in files), None)
 
 
