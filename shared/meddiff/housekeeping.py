@@ -72,17 +72,28 @@ def fsck(store: ObjectStore, now: datetime, verified: Verified) -> Iterator[Find
 
 
 def tidy(store: ObjectStore, now: datetime) -> int:
-    """Removes every orphan and returns how many there were; and a job whose request was cut off before it was made
-    active is so now. Running it twice, or beside jobs that go on, does no harm."""
+    """Removes every orphan and returns how many there were; a job whose request was cut off before it was made active
+    is so now, and of one that failed long ago the faults are forgotten. Running it twice, or beside jobs that go on,
+    does no harm."""
     for tenant in _readable(store):
         for spec in _specs(store, tenant):
-            if not store.exists(JobKeys(tenant, spec.id).end) and not store.exists(active(tenant, spec.id)):
+            end = _end(store, spec)
+            if end is not None:
+                _forget_faults(store, spec, end, now)
+            elif not store.exists(active(tenant, spec.id)):
                 store.put(active(tenant, spec.id), b"")  # One that has ended meanwhile the sweep drops again.
     removed = 0
     for finding in orphans(store, now):
         store.delete([finding.key])  # At once: later it may belong to something again.
         removed += 1
     return removed
+
+
+def _forget_faults(store: ObjectStore, spec: Spec, end: End, now: datetime) -> None:
+    """Takes the faults, which name the user's files, out of the record of a job that failed long ago."""
+    if end.problem is not None and end.problem.errors and now - end.finished_at > FAILED_KEPT:
+        problem = end.problem.model_copy(update={"errors": ()})
+        store.put_json(JobKeys(spec.tenant, spec.id).end, end.model_copy(update={"problem": problem}))
 
 
 def orphans(store: ObjectStore, now: datetime) -> Iterator[Finding]:

@@ -10,6 +10,8 @@ import pytest
 from meddiff import housekeeping
 from meddiff.contracts.ids import uuid7
 from meddiff.contracts.jobs import End, EndStatus, FinetuneSpec
+from meddiff.contracts.problems import Fault
+from meddiff.contracts.problems import problem as problem_of
 from meddiff.contracts.requests import FinetuneRequest
 from meddiff.housekeeping import Verified, fsck, orphans, tidy
 from meddiff.planning.dispatch import active_jobs, submit
@@ -148,6 +150,18 @@ def test_old_idempotency_keys_go(store: ObjectStore) -> None:
     store.put(key, b"{}")
     assert list(orphans(store, datetime.now(UTC))) == []
     assert tidy(store, datetime.now(UTC) + housekeeping.IDEMPOTENCY_KEPT + LATER) == 1
+
+
+def test_the_faults_of_a_job_that_failed_name_files_for_a_week(store: ObjectStore, trained: FinetuneSpec) -> None:
+    key = JobKeys("local", trained.id).end
+    fault = Fault(pointer="images/Doe_Jane.png", detail="no mask belongs to this image")
+    for ago, told in ((timedelta(), (fault,)), (housekeeping.FAILED_KEPT + timedelta(minutes=1), ())):
+        problem = problem_of("invalid-dataset", "1 fault in the dataset", [fault])
+        store.put_json(key, End(status="failed", finished_at=datetime.now(UTC) - ago, problem=problem))
+        tidy(store, datetime.now(UTC))
+        kept = store.get_json(key, End).problem
+        assert kept is not None
+        assert (kept.errors, kept.detail) == (told, "1 fault in the dataset")
 
 
 def test_what_the_service_did_not_write_is_told_and_left(store: ObjectStore) -> None:
