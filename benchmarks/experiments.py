@@ -44,7 +44,7 @@ DEFAULT = "synthetic"
 """The recipe as it stands, which an ablation changes in one point."""
 CONTROLS = {
     "shifted": "must lose: the labels are wrong",
-    "any size, shifted": "must lose, of a former recipe",
+    f"{BEFORE}, shifted": "must lose, of a former recipe",
     "painted detail, shifted": "must lose, of a former recipe",
     "copies": "must add nothing: no new case is in them",
     "real, 0.5 x steps": "must gain nothing: the stop is not too late",
