@@ -14,6 +14,9 @@ from meddiff.science.evaluation.comparison import Paired, gain
 REPEATS = 400
 OF_CASES, OF_A_CASE_IN_A_RUN = 5.0, 7.0
 SHAPES = (  # Draws, seeds, cases, pool of cases, spread between draws, spread between seeds.
+    (1, 2, 6, 6, 0.0, 1.0),
+    (1, 2, 30, 30, 0.0, 2.0),
+    (1, 2, 100, 100, 0.0, 1.0),
     (1, 3, 39, 39, 0.0, 1.5),
     (1, 4, 40, 40, 0.0, 1.0),
     (3, 4, 15, 1000, 0.5, 1.5),

@@ -95,13 +95,13 @@ class Generator:
     def generate(self, count: int, seed: int) -> list[Made]:
         """At most ``count`` accepted pairs, from the candidates that the recipe's attempts allow, in index order."""
         made: list[Made] = []
-        known = bytearray()
+        known = signatures.Shapes()
         size = self.recipe.work.shard_size
         for first in range(0, int(self.recipe.work.attempts * count), size):
             for one in self._shard(range(first, first + size), seed):
                 signature = bytes.fromhex(signatures.of(one.shape))
-                if self.retexture or signatures.max_iou(signature, bytes(known)) <= self.recipe.quality.max_shape_iou:
-                    known += signature
+                if self.retexture or known.max_iou(signature) <= self.recipe.quality.max_shape_iou:
+                    known.add(signature)
                     made.append(one)
             if len(made) >= count:
                 break

@@ -71,8 +71,8 @@ def heeded(network: UNet2DModel, masks: Sequence[Mask]) -> float:
 
 def novelty(masks: Sequence[Mask], known: Sequence[Mask]) -> float:
     """Median of each mask's highest IoU with a known one, in a common frame."""
-    packed = b"".join(bytes.fromhex(signatures.of(mask)) for mask in known)
-    return float(np.median([signatures.max_iou(bytes.fromhex(signatures.of(mask)), packed) for mask in masks]))
+    shapes = signatures.Shapes(b"".join(bytes.fromhex(signatures.of(mask)) for mask in known))
+    return float(np.median([shapes.max_iou(bytes.fromhex(signatures.of(mask))) for mask in masks]))
 
 
 def report(folder: Path) -> None:

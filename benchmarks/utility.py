@@ -208,8 +208,10 @@ def run(trial: Trial) -> None:
             nsd=tuple(round(one.nsd, 4) for one in figures),
             hd95=tuple(round(one.hd95, 4) for one in figures),
         )
-        with FileLock(trial.cache / "rows.lock"), trial.rows.open("a") as file:
-            file.write(one.model_dump_json() + "\n")
+        with FileLock(trial.cache / "rows.lock"), trial.rows.open("a+b") as file:
+            if file.tell() and trial.rows.read_bytes()[-1:] != b"\n":  # A row that was cut off stays by itself.
+                file.write(b"\n")
+            file.write(one.model_dump_json().encode() + b"\n")
         where = f"{one.dataset} draw {one.draw} {one.arm} seed {one.seed}"
         print(f"{where}: {steps} steps, Dice {100 * np.mean(one.dice):.1f}, {one.seconds:.0f} s", flush=True)
 
@@ -373,8 +375,8 @@ def _relabelled(trial: Trial, one: Made) -> Made:
 
 
 def _agreeing(trial: Trial, material: Material, bounds: tuple[float, float]) -> Material:
-    """The pairs with which a segmenter of the real cases alone, blind to what they were made from, agrees within
-    ``bounds`` of Dice."""
+    """The pairs with which a segmenter of the real cases alone, blind to one of the cases that they were made from,
+    agrees within ``bounds`` of Dice."""
     kept = []
     for place, (pair, origin) in enumerate(zip(material.synthetic, material.made_from, strict=True)):
         network = _blind_to(trial, min(origin, default=place))

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 import diffusers
+import numpy as np
+import PIL
+import scipy
 import torch
 import transformers
 from meddiff import __version__
 from meddiff.contracts.problems import ProblemError
 from meddiff.contracts.recipes import FoundationChoice, Quality, Recipe
+from meddiff.contracts.tasks import Marker
 from meddiff.metrics import MODEL_LOADS
 from meddiff.science import encoders
 from meddiff.science import foundation as foundations
@@ -58,9 +62,19 @@ def fingerprint(recipe: Recipe, settings: Settings) -> dict[str, str]:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "pillow": PIL.__version__,
         "device": f"{where.type}: {name}",
         "dtype": recipe.foundation.dtype,
     }
+
+
+def merged_fingerprint(markers: Iterable[Marker]) -> dict[str, str]:
+    """The fingerprints of the tasks that left the markers; where several differ, all of their values."""
+    found = [one for marker in markers if (one := marker.output.get("fingerprint")) is not None]
+    names = dict.fromkeys(name for one in found for name in one)
+    return {name: " | ".join(sorted({one[name] for one in found if name in one})) for name in names}
 
 
 def fetch_folder(store: ObjectStore, prefix: str, folder: Path, last: str) -> Path:

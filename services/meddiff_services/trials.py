@@ -30,14 +30,16 @@ def splits(work: Work) -> tuple[Split, ...]:
 
 
 def cases_by_digest(work: Work) -> dict[str, tuple[str, Case]]:
-    """Every pair that trains or tests, with the dataset it lies in; for a picture in both, that of the test cases, for
-    none that trains is among those."""
+    """Every pair that trains or tests, with the dataset it lies in: for a picture in both, that in which it tests, or
+    else trains."""
     output = work.marker("import", 0).output
+    tested = {digest for split in splits(work) for digest in split.test}
     found: dict[str, tuple[str, Case]] = {}
     for dataset_id in (output["dataset_id"], output["test_dataset_id"]):
         if dataset_id is not None:
             pairs = first_of_each_picture(load_dataset(work.store, work.tenant, dataset_id))
-            found |= {digest: (dataset_id, case) for digest, case in pairs.items()}
+            of_both = found.keys() - tested
+            found |= {digest: (dataset_id, case) for digest, case in pairs.items() if digest not in of_both}
     return found
 
 

@@ -31,7 +31,7 @@ from kombu.exceptions import OperationalError
 from meddiff import metrics
 from meddiff.contracts.jobs import Spec
 from meddiff.contracts.problems import ProblemError
-from meddiff.contracts.tasks import KILLED, Marker, Queue, Stage, Task, TaskFault
+from meddiff.contracts.tasks import KILLED, NOT_GIVEN, Marker, Queue, Stage, Task, TaskFault
 from meddiff.planning.dispatch import SOON, advance, fill, finish
 from meddiff.planning.leases import Leases, Live
 from meddiff.planning.observe import read_marker, read_spec
@@ -50,6 +50,7 @@ READY_CHECK_SECONDS = 0.1
 REPORT_SECONDS = 1.0
 STOP_CHECK_SECONDS = 1.0
 KEPT_MODELS = 4
+LONGEST_PAUSE = 300.0  # Seconds before a task that failed is sent again.
 
 Result = Literal["done", "dropped", "stopped", "failed", "fault", "unavailable"]
 
@@ -152,8 +153,9 @@ class Work:
         now = time.monotonic()
         if not self._ended and now - self._checked >= STOP_CHECK_SECONDS:
             self._checked = now
-            present = self.store.children(f"{self.keys.root}/")
-            self._ended = "end.json" in present or "cancel.json" in present
+            with suppress(StoreUnavailable):  # To work on it need not be there.
+                present = self.store.children(f"{self.keys.root}/")
+                self._ended = "end.json" in present or "cancel.json" in present
         return self._ended
 
     def raise_if_stopped(self) -> None:
@@ -248,6 +250,10 @@ class Worker:
             self._look_soon(task)
             result = "unavailable"
             log.warning("left to be sent again", error=type(error).__name__)
+        except Exception as error:  # Before or after the stage: a record that this version cannot read.
+            self._look_soon(task)
+            result = "unavailable"
+            log.error("left to be sent again", error=type(error).__name__, trace=_places(error))
         finally:
             structlog.contextvars.clear_contextvars()
         metrics.TASK_SECONDS.labels(task.stage, result).observe(time.monotonic() - started)
@@ -305,6 +311,7 @@ class Worker:
                 output=dict(outcome.output),
             )
             self.store.put_json(work.keys.done(task.stage, task.shard), marker)
+            self.leases.correct(task.queue, task.tenant, seconds - self.leases.seconds_of(task.stage))
             self.leases.learn(task.stage, seconds)
         except Stopped:
             log.info("task stopped")
@@ -313,7 +320,11 @@ class Worker:
             log.info("job failed", problem=error.problem.type)
             finish(self.store, spec, Ending("failed", problem=error.problem))
             return "failed"
-        except (StoreUnavailable, RedisError):
+        except StoreUnavailable:
+            self.store.ping()
+            self._put_fault(task, NOT_GIVEN)  # The store is there, and does not give one object.
+            return "fault"
+        except RedisError:
             raise
         except Exception as error:
             self._record(task, error)
@@ -333,13 +344,16 @@ class Worker:
         where = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__} in {where.name}, {Path(where.filename).name}:{where.lineno}"
         log.error("task failed", error=what, trace=_places(error))
-        self._put_fault(task, what)
+        earlier = self._put_fault(task, what)
+        self.leases.pause(task, min(self.settings.fault_pause_seconds * 4**earlier, LONGEST_PAUSE))
 
-    def _put_fault(self, task: Task, what: str) -> None:
+    def _put_fault(self, task: Task, what: str) -> int:
+        """Says how many there were before."""
         keys = JobKeys(task.tenant, task.job_id)
         n = sum(1 for _ in self.store.list(keys.faults(task.stage, task.shard)))
         fault = TaskFault(stage=task.stage, shard=task.shard, error=what, worker=self.name)
         self.store.put_json(keys.fault(task.stage, task.shard, n), fault)
+        return n
 
 
 def tidy(scratch: Path, store: ObjectStore) -> None:

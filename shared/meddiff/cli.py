@@ -363,7 +363,7 @@ def _faults_printed() -> Iterator[None]:
     except httpx.TransportError as error:
         err.print(f"the service does not answer ({error}); is it up? Start one with: meddiff up", markup=False)
         raise typer.Exit(1) from None
-    except (ValueError, OSError) as error:  # What was given, or this machine's disk.
+    except (ValueError, OSError, httpx.InvalidURL) as error:  # What was given, or this machine's disk.
         err.print(str(error), markup=False)
         raise typer.Exit(1) from None
 
@@ -400,6 +400,8 @@ def _override(changes: list[str] | None) -> dict[str, Any]:
         part = found
         for parent in parents:
             part = part.setdefault(parent, {})
+            if not isinstance(part, dict):
+                raise typer.BadParameter(f"{parent} is given a value of its own: {change}", param_hint="--set")
         try:
             part[field] = json.loads(text)
         except ValueError:

@@ -183,7 +183,12 @@ def _left_by(store: ObjectStore, spec: Spec, now: datetime) -> Iterator[Finding]
             yield from _below(store, keys, present - RECORD, why)
         return
     yield from _below(store, keys, present & {"cache", "checkpoints", "started"}, "a training that has ended")
-    if isinstance(spec, GenerateSpec) and "candidates" in present and (manifest := _manifest(store, spec)) is not None:
+    if isinstance(spec, GenerateSpec) and "candidates" in present:
+        if not store.exists(keys.manifest):
+            yield from _below(store, keys, {"candidates"}, "a candidate of a job whose results were removed")
+            return
+        if (manifest := _manifest(store, spec)) is None:
+            return
         named = {picture.key for pair in manifest.pairs for picture in (pair.image, pair.label, pair.shape, pair.guide)}
         for key in store.list(keys.candidates_root):
             if key not in named:

@@ -25,6 +25,7 @@ TASKS_REDELIVERED = Counter("meddiff_tasks_redelivered", "Tasks that the broker 
 LEASES_LOST = Counter("meddiff_leases_lost", "Running tasks whose lease became another worker's", ["stage"])
 TRAINING_STEPS = Counter("meddiff_training_steps", "Optimiser steps done", ["stage"])
 TRAINING_LOSS = Gauge("meddiff_training_loss", "Loss of the latest step", ["stage"])
+TRAININGS_DIVERGED = Counter("meddiff_trainings_diverged", "Segments whose loss was no longer finite", ["stage"])
 CANDIDATES = Counter(
     "meddiff_candidates",
     "Synthetic pairs judged: accepted, or why not; of those accepted, duplicate shapes at the end of their job",

@@ -21,7 +21,10 @@ class Settings(BaseSettings):
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis: queues, leases and caches")
     s3_endpoint: str = Field("127.0.0.1:9000", description="host:port of the S3 store as the services reach it")
     s3_public_endpoint: str | None = Field(
-        None, description="host:port of the S3 store as clients reach it: then pictures are answered by links to it"
+        None,
+        pattern=r"^(https?://)?[^/]+$",
+        description="[http[s]://]host[:port] of the S3 store as clients reach it: then pictures are answered by links "
+        "to it; without a scheme with that of MEDDIFF_S3_SECURE",
     )
     s3_secure: bool = Field(False, description="TLS towards the S3 store")
     s3_region: str = Field("us-east-1", min_length=1, description="region that requests to the S3 store are signed for")
@@ -51,6 +54,9 @@ class Settings(BaseSettings):
     sweep_seconds: float = Field(2.0, gt=0, description="how often active jobs are planned again")
     tidy_seconds: float = Field(3600.0, gt=0, description="how often what nothing needs is removed from the store")
     lease_seconds: float = Field(60.0, gt=0, description="how long a dispatched or running task holds its lease")
+    fault_pause_seconds: float = Field(
+        5.0, gt=0, description="how long a task that failed waits for its second try; four times as long for each more"
+    )
     task_seconds: int = Field(10_800, ge=1, description="how long a task may take before its process is ended")
     visibility_timeout: int = Field(
         14_400, ge=1, description="Celery: seconds after which an unacknowledged task returns; above task_seconds"

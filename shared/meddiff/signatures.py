@@ -7,8 +7,33 @@ from numpy.typing import NDArray
 
 SIDE = 64
 BYTES = SIDE * SIDE // 8
+WORDS = BYTES // 8
 
-_SET_BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint16)
+
+class Shapes:
+    """Signatures that others are compared with, at 64 bits a step: a job has thousands."""
+
+    def __init__(self, signatures: bytes = b"") -> None:
+        """``signatures``: one after the other."""
+        self._count = len(signatures) // BYTES
+        self._rows = np.frombuffer(signatures, np.uint64).reshape(-1, WORDS).copy()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, signature: bytes) -> None:
+        """One more."""
+        if self._count == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.zeros((max(64, self._count), WORDS), np.uint64)])
+        self._rows[self._count] = np.frombuffer(signature, np.uint64)
+        self._count += 1
+
+    def max_iou(self, signature: bytes) -> float:
+        """Highest intersection over union of ``signature`` with any of them, in [0, 1]; 0 if there are none."""
+        one, many = np.frombuffer(signature, np.uint64), self._rows[: self._count]
+        shared = np.bitwise_count(many & one).sum(axis=1, dtype=np.int64)
+        joined = np.bitwise_count(many | one).sum(axis=1, dtype=np.int64)
+        return float((shared / np.maximum(joined, 1)).max(initial=0.0))
 
 
 def of(shape: NDArray[np.bool_]) -> str:
@@ -24,16 +49,7 @@ def of(shape: NDArray[np.bool_]) -> str:
 
 def iou(a: str, b: str) -> float:
     """Intersection over union of two signatures in [0, 1]; 0 if either is empty."""
-    return max_iou(bytes.fromhex(a), bytes.fromhex(b))
-
-
-def max_iou(signature: bytes, others: bytes) -> float:
-    """Highest IoU of ``signature`` with any of ``others``, signatures one after the other; 0 if there are none."""
-    one = np.frombuffer(signature, np.uint8)
-    many = np.frombuffer(others, np.uint8).reshape(-1, BYTES)
-    shared = _SET_BITS[many & one].sum(axis=1, dtype=np.int64)
-    joined = _SET_BITS[many | one].sum(axis=1, dtype=np.int64)
-    return float((shared / np.maximum(joined, 1)).max(initial=0.0))
+    return Shapes(bytes.fromhex(a)).max_iou(bytes.fromhex(b))
 
 
 def _overlap(length: int) -> NDArray[np.float32]:

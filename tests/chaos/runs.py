@@ -61,7 +61,7 @@ def dataset() -> bytes:
     """A zip archive of phantoms."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        phantoms.write(folder, pairs=16, backgrounds=2)
+        phantoms.write(folder, pairs=18, backgrounds=2)
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             for path in sorted(folder.rglob("*")):
@@ -107,7 +107,7 @@ class Chaos:
         override = {"evaluation": RECIPE["evaluation"]}
         recipe = {"name": "cpu", "override": override}
         return {
-            "dataset_uri": self.dataset, "synthetic_job": self.made, "synthetic": [COUNT], "seeds": 1,
+            "dataset_uri": self.dataset, "synthetic_job": self.made, "synthetic": [COUNT], "seeds": 2,
             "arms": ["synthetic"], "recipe": recipe,
         }  # fmt: skip
 

@@ -165,7 +165,7 @@ def test_too_few_test_cases_and_a_dataset_without_the_models_own_are_refused(
     phantoms.write(tmp_path / "others", pairs=6, backgrounds=0, seed=98)
     imported, few, others = (client.upload(folder).id for folder in (dataset, tmp_path / "few", tmp_path / "others"))
     for dataset_uri, test_uri, words in (
-        (imported, few, "3 case(s) would be left to test on; at least 4 are needed"),
+        (imported, few, "3 case(s) would be left to test on; at least 6 are needed"),
         (others, few, "12 of the model's 12 cases are not in this dataset"),
     ):
         ended = client.wait(client.evaluate(dataset_uri, synthetic_job=made.id, synthetic=(4,), test_uri=test_uri).id)

@@ -56,7 +56,7 @@ class World:
         assert isinstance(self.spec, GenerateSpec)
         shards = sorted(shard for stage, shard in self.markers if stage == "quality")
         entries = [Entry.model_validate(c) for shard in shards for c in self.markers["quality", shard]]
-        return select(entries, self.spec.request.count, self.spec.recipe.quality.max_shape_iou)
+        return select(entries, self.spec)
 
 
 def contiguous(markers: dict[Key, Any], first: int) -> list[list[Entry]]:
@@ -188,7 +188,7 @@ def test_the_fold_does_not_depend_on_how_it_is_cut(count: int, cuts: list[int], 
     for cut in cuts:
         pieces = fold(Tally.from_bytes(pieces.to_bytes()), shards[first : first + cut], spec)
         first += cut
-    chosen = select([entry for shard in shards for entry in shard], count, spec.recipe.quality.max_shape_iou)
+    chosen = select([entry for shard in shards for entry in shard], spec)
     assert pieces == whole
     assert whole.accepted == tuple(entry.index for entry in chosen.accepted)
     assert whole.rejected == tuple((entry.index, reason) for entry, reason in chosen.rejected)
@@ -204,10 +204,18 @@ def test_a_shape_that_overlaps_an_earlier_accepted_one_is_a_duplicate() -> None:
         Entry(index=3, reason=None, signature="0f" * 512),
         Entry(index=4, reason=None, signature="f0" * 512),
     ]
-    chosen = select(entries, 2, 0.85)
+    chosen = select(entries, generate(2))
     assert [entry.index for entry in chosen.accepted] == [1, 3]
     assert [(entry.index, reason) for entry, reason in chosen.rejected] == [(0, "copy"), (2, "duplicate_shape")]
     assert chosen.next_index == 4
+
+
+def test_shapes_that_the_caller_gave_are_used_again() -> None:
+    spec = generate(3)
+    given = spec.model_copy(update={"request": spec.request.model_copy(update={"masks": f"ds_{'0' * 32}"})})
+    entries = [Entry(index=index, reason=None, signature="ff" * 512) for index in range(3)]
+    assert len(select(entries, given).accepted) == 3
+    assert len(select(entries, spec).accepted) == 1
 
 
 def stages(tasks: Collection[Task]) -> list[tuple[str, int]]:

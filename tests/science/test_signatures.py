@@ -62,6 +62,9 @@ def test_the_highest_of_many() -> None:
     one = signatures.of(blob(3))
     others = [signatures.of(blob(seed)) for seed in range(4, 9)]
     packed = b"".join(bytes.fromhex(other) for other in others)
-    assert signatures.max_iou(bytes.fromhex(one), packed) == max(signatures.iou(one, other) for other in others)
-    assert signatures.max_iou(bytes.fromhex(one), packed + bytes.fromhex(one)) == 1
-    assert signatures.max_iou(bytes.fromhex(one), b"") == 0
+    shapes = signatures.Shapes(packed)
+    assert shapes.max_iou(bytes.fromhex(one)) == max(signatures.iou(one, other) for other in others)
+    shapes.add(bytes.fromhex(one))
+    assert len(shapes) == 6
+    assert shapes.max_iou(bytes.fromhex(one)) == 1
+    assert signatures.Shapes().max_iou(bytes.fromhex(one)) == 0

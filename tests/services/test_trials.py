@@ -39,14 +39,18 @@ def work(store: ObjectStore, **output: Any) -> Any:
     return found
 
 
-def test_a_picture_in_both_datasets_is_tested_with_the_test_datasets_mask(store: ObjectStore) -> None:
+def test_a_picture_in_both_datasets_trains_with_its_own_mask_and_is_tested_with_the_test_datasets(
+    store: ObjectStore,
+) -> None:
     trained = put_dataset(store, "local")
     tested = trained.model_copy(update={"id": f"ds_{'7' * 32}"})
     store.put_json(DatasetKeys("local", tested.id).dataset, tested)
     others = put_dataset(store, "local", level=120)
-    both = cases_by_digest(work(store, dataset_id=trained.id, test_dataset_id=tested.id))
-    assert {dataset_id for dataset_id, _ in both.values()} == {tested.id}
-    apart = cases_by_digest(work(store, dataset_id=trained.id, test_dataset_id=others.id))
+    first, second = (case.image_sha256 for case in trained.pairs)
+    cut = [Split(train=(first,), test=(second,)).model_dump(mode="json")]
+    both = cases_by_digest(work(store, splits=cut, dataset_id=trained.id, test_dataset_id=tested.id))
+    assert (both[first][0], both[second][0]) == (trained.id, tested.id)
+    apart = cases_by_digest(work(store, splits=cut, dataset_id=trained.id, test_dataset_id=others.id))
     assert sorted(dataset_id for dataset_id, _ in apart.values()) == sorted(2 * [trained.id, others.id])
 
 
@@ -73,9 +77,9 @@ def test_cases_of_a_few_patients_test_nothing() -> None:
     def tested_on(patients: int) -> Split:
         return Split(train=tuple(names[:10]), test=tuple(names[10:]), groups=tuple(n % patients for n in range(10)))
 
-    judge_splits(spec, [tested_on(4)])
-    with pytest.raises(ProblemError, match="3 patient"):
-        judge_splits(spec, [tested_on(3)])
+    judge_splits(spec, [tested_on(6)])
+    with pytest.raises(ProblemError, match="5 patient"):
+        judge_splits(spec, [tested_on(5)])
 
 
 def test_what_is_stored_is_read_when_it_is_asked_for_and_not_once_the_task_has_to_stop(store: ObjectStore) -> None:

@@ -131,6 +131,9 @@ def evaluate_spec(here: Backends, request: EvaluateRequest, job_id: JobId) -> Ev
     for field, uri in (("dataset_uri", request.dataset_uri), ("test_uri", request.test_uri)):
         if uri is not None and is_dataset_id(uri):
             faults += _missing_dataset(here, field, uri)
+    if request.splits * request.seeds < 2:
+        detail = "at least 2 where the cases are split once: of one training nobody knows how much of it is luck"
+        faults.append(Fault(pointer="/seeds", detail=detail))
     recipe = request.recipe.resolve()
     card: ModelCard | None = None
     if not request.fits_generators:

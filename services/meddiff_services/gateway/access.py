@@ -19,7 +19,7 @@ from meddiff_services.gateway.pages import Cursor, Limit, page, uuid_shown_last
 from meddiff_services.gateway.problems import documented
 
 KEPT_SECONDS = 5.0  # A revoked key is refused after so long at the latest.
-NEEDED: dict[str, Role] = {"GET": "reader", "HEAD": "reader", "POST": "operator", "DELETE": "admin"}
+NEEDED: dict[str, Role] = {"GET": "reader", "POST": "operator", "DELETE": "admin"}
 
 router = APIRouter(tags=["audit"], responses=documented("unauthenticated", "forbidden"))
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi_offline import FastAPIOffline
 from meddiff import __version__
 from meddiff.contracts.problems import Problem
 from meddiff.settings import Settings
 
 from meddiff_services.gateway import access, datasets, health, jobs, models, pictures, problems, recipes, schemas, sweep
 from meddiff_services.gateway.backends import Backends
-from meddiff_services.gateway.bodies import BoundedBodies
+from meddiff_services.gateway.bodies import BoundedBodies, HeadAsGet
 from meddiff_services.gateway.metrics import Metrics, Observed
 
 DESCRIPTION = "Synthetic image-mask pairs from about thirty annotated images. Errors are RFC 9457 problems."
@@ -34,11 +35,13 @@ def create_app(settings: Settings) -> FastAPI:
         stop.set()
         thread.join()
 
-    app = FastAPI(
+    app = FastAPIOffline(
         title="MedDiff-FT",
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
+        static_url="/docs-static",
+        redoc_url=None,
         responses=problems.documented("invalid-request", "unavailable", "internal"),
         generate_unique_id_function=lambda route: route.name,
     )
@@ -49,6 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
     for resource in (jobs, pictures, datasets, models, access, recipes, schemas, health):
         app.include_router(resource.router)
     app.add_middleware(BoundedBodies, max_upload_bytes=settings.max_upload_bytes)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Observed, metrics=app.state.metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

@@ -1,4 +1,4 @@
-"""How large a request's body may be, and an uploaded archive on its way to a temporary file."""
+"""How large a request's body may be, an uploaded archive on its way to a temporary file, and HEAD."""
 
 from __future__ import annotations
 
@@ -51,6 +51,17 @@ class BoundedBodies:
             raise HTTPException(413, f"the body is larger than {bound} bytes")
 
         await self._app(scope, bounded, send)
+
+
+class HeadAsGet:
+    """ASGI middleware: HEAD is answered as GET is, without the content, which the server leaves out (RFC 9110,
+    section 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
 
 
 async def dataset_source(request: Request, admitted: Here) -> AsyncIterator[str | IO[bytes]]:

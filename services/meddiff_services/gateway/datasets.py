@@ -32,14 +32,18 @@ router = APIRouter(prefix="/datasets", tags=["datasets"], responses=documented("
 
 Origin = Annotated[str | IO[bytes], Depends(dataset_source)]
 INVALID = problem("invalid-dataset", "").type
-_REFUSALS = documented("invalid-dataset", "invalid-request", "source-refused", "source-unreachable", "too-large")
+_REFUSALS = documented(
+    "invalid-dataset", "invalid-request", "not-found", "source-refused", "source-unreachable", "too-large"
+)
 
 
 @router.post("", status_code=201, responses=_REFUSALS, openapi_extra=SOURCE_BODY)
 async def create_dataset(origin: Origin, here: Here, response: Response) -> DatasetSummary:
-    """Import a zip archive, or what a URI names. The same data again is the same dataset."""
+    """Import a zip archive, or what a URI names. The same data again is the same dataset, as is one named by its id."""
 
     def imported() -> Dataset:
+        if isinstance(origin, str) and is_dataset_id(origin):
+            return load_dataset(here.store, here.tenant, origin)
         with _opened(origin, here) as source:
             return import_dataset(source, here.store, here.tenant, lambda done, total: None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -19,10 +19,12 @@ from meddiff.contracts.problems import Fault, ProblemError
 from meddiff.contracts.requests import EvaluateRequest, FinetuneRequest, GenerateRequest
 from meddiff.planning.dispatch import active_jobs, advance, cancel
 from meddiff.planning.jobs import read_job
+from meddiff.planning.leases import Leases
 from meddiff.planning.observe import read_spec
 from meddiff.store.keys import JobKeys, job_of_newest, newest, newest_root
 from meddiff.store.objects import NotFound
 from pydantic import ValidationError
+from redis.exceptions import RedisError
 
 from meddiff_services.gateway.acceptance import accept, evaluate_spec, finetune_spec, generate_spec
 from meddiff_services.gateway.access import Here, still_admitted
@@ -44,9 +46,11 @@ _HEADERS = {
     for name, text in {"Location": "The job's address", "Retry-After": "Seconds until it is worth asking again"}.items()
 }
 _ACCEPTED: dict[int | str, dict[str, Any]] = {202: {"description": "The job", "headers": _HEADERS}}
-_REFUSED = documented("source-refused", "too-many-jobs")
+_REFUSED = documented("source-refused", "too-large", "too-many-jobs")
 _KEY = Header(
-    max_length=255, description="The same key with the same request gives the first job again; with another one, 422"
+    min_length=1,
+    max_length=255,
+    description="The same key with the same request gives the first job again; with another one, 422",
 )
 FINETUNE_EXAMPLES: dict[str, Any] = {
     "bucket": {"value": {"dataset_uri": "s3://hospital/skin/pairs.zip", "name": "skin", "recipe": {"name": "gpu"}}},
@@ -86,7 +90,7 @@ def finetune(
     return _accepted(here, accept(here, request, finetune_spec, idempotency_key), response)
 
 
-@router.post("/generate", status_code=202, responses={**_ACCEPTED, **documented("too-many-jobs")})
+@router.post("/generate", status_code=202, responses={**_ACCEPTED, **documented("too-large", "too-many-jobs")})
 def generate(
     request: Annotated[GenerateRequest, Body(openapi_examples=GENERATE_EXAMPLES)],
     here: Here,
@@ -124,8 +128,7 @@ def list_jobs(
     unfinished = status is not None and status not in ENDED
     known = _unfinished(here, last) if unfinished else _newest(here, newest(here.tenant, last) if last else None)
     specs = (spec for spec in known if kind in (None, spec.kind) and wanted.items() <= spec.request.metadata.items())
-    found = (read_job(here.store, here.leases, spec.tenant, spec.id) for spec in specs)
-    jobs, following = page((job for job in found if status in (None, job.status)), limit, lambda job: job.id)
+    jobs, following = page((job for job in _read_all(here, specs) if status in (None, job.status)), limit, _id_of)
     return JobList(jobs=jobs, next=following)
 
 
@@ -227,6 +230,23 @@ async def _told(here: Backends, job_id: str) -> Told:
 def _read(here: Backends, job_id: str) -> Told:
     spec = find_spec(here, job_id)
     return here.snapshots.keep(spec.tenant, read_job(here.store, here.leases, spec.tenant, spec.id))
+
+
+def _read_all(here: Backends, specs: Iterable[Spec]) -> Iterator[Job]:
+    """The jobs as they stand; one with a record that this version cannot read is left out. Where Redis is away it is
+    asked once, not for every job."""
+    leases: Leases | None = here.leases
+    try:
+        here.leases.client.ping()
+    except RedisError:
+        leases = None
+    for spec in specs:
+        with suppress(ValidationError):
+            yield read_job(here.store, leases, spec.tenant, spec.id)
+
+
+def _id_of(job: Job) -> str:
+    return job.id
 
 
 def _unfinished(here: Backends, last: str | None) -> Iterator[Spec]:

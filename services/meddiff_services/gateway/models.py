@@ -8,7 +8,7 @@ import re
 from fastapi import APIRouter
 from meddiff.contracts.models import ModelCard, ModelList
 from meddiff.contracts.problems import ProblemError
-from meddiff.planning.removal import cards, remove_model
+from meddiff.planning.removal import readable_cards, remove_model
 from meddiff.store.keys import ModelKeys, model_name
 from meddiff.store.objects import NotFound
 
@@ -23,7 +23,7 @@ _MODEL_ID = re.compile(r"^md_[0-9a-f]{32}$")
 
 
 def find_model(here: Backends, model: str) -> ModelCard | None:
-    """The model of that id, or the one that bears the name: the last to be published under it."""
+    """The model of that id, or the one that bears the name: that of the latest fine-tune of it."""
     try:
         if not _MODEL_ID.match(model):
             model = json.loads(here.store.get(model_name(here.tenant, model)))["model_id"]
@@ -36,7 +36,7 @@ def find_model(here: Backends, model: str) -> ModelCard | None:
 def list_models(here: Here, cursor: Cursor = None, limit: Limit = 100) -> ModelList:
     """Models, newest first."""
     last = shown_last(cursor)
-    newest_first = sorted(cards(here.store, here.tenant), key=_age, reverse=True)
+    newest_first = sorted(readable_cards(here.store, here.tenant), key=_age, reverse=True)
     rest = (card for card in newest_first if last is None or _age(card) < last)
     models, following = page(rest, limit, _age)
     return ModelList(models=models, next=following)

@@ -32,7 +32,10 @@ def shown_last(cursor: str | None) -> str | None:
     if cursor is None:
         return None
     try:
-        return base64.urlsafe_b64decode(cursor.encode()).decode()
+        name = base64.b64decode(cursor.encode(), altchars=b"-_", validate=True).decode("ascii")
+        if not name:
+            raise _no_cursor()
+        return name
     except ValueError:
         raise _no_cursor() from None
 

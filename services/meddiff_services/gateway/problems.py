@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 from kombu.exceptions import OperationalError
 from meddiff.contracts.problems import STATUS, TITLE, Fault, Problem, ProblemError, ProblemSlug, problem
 from meddiff.store.objects import StoreError
+from pydantic import ValidationError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -82,15 +83,24 @@ def install(app: FastAPI) -> None:
         log.warning("backend unreachable", error=type(error).__name__, route=request.url.path)
         return _respond(request, problem("unavailable", "Redis or the object store does not answer; try again"))
 
+    @app.exception_handler(ValidationError)
+    async def unreadable(request: Request, error: ValidationError) -> JSONResponse:
+        log.error("record not readable", kind=error.title, trace=_places(error))
+        detail = "A record that this needs was written by another version of the service, or is damaged"
+        return _respond(request, problem("unavailable", detail))
+
     for kind in UNREACHABLE:
         app.add_exception_handler(kind, unreachable)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        frames = traceback.extract_tb(error.__traceback__)
-        trace = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
-        log.error("unexpected", error=type(error).__name__, trace=trace)
+        log.error("unexpected", error=type(error).__name__, trace=_places(error))
         return _respond(request, problem("internal", "An unexpected fault; the service's log has it"))
+
+
+def _places(error: Exception) -> list[str]:
+    frames = traceback.extract_tb(error.__traceback__)
+    return [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
 
 
 def _respond(request: Request, found: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -23,14 +23,15 @@ def run(here: Backends, metrics: Metrics, stop: threading.Event) -> None:
     counted; the next one makes up for it."""
     _ensure_bucket(here, stop)
     token = secrets.token_hex(8)
-    tidied = time.monotonic()
+    tidied, tidying = time.monotonic(), threading.Thread()
     while not stop.wait(here.settings.sweep_seconds):
         try:
             led = dispatch.sweep(here.store, here.leases, here.send, token)
             metrics.sweeps.labels("led" if led else "followed").inc()
-            if led and time.monotonic() - tidied >= here.settings.tidy_seconds:
+            if led and time.monotonic() - tidied >= here.settings.tidy_seconds and not tidying.is_alive():
                 tidied = time.monotonic()
-                threading.Thread(target=_tidy, args=(here,), name="tidy", daemon=True).start()
+                tidying = threading.Thread(target=_tidy, args=(here,), name="tidy", daemon=True)
+                tidying.start()
         except Exception as error:
             metrics.sweeps.labels("failed").inc()
             log.warning("sweep failed", error=type(error).__name__)

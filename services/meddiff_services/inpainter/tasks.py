@@ -67,7 +67,7 @@ def backgrounds(work: Work) -> Outcome:
             work.store.put(keys.background(one.case.id), encode_png(image), "image/png")
         work.progress(first + len(some), len(cases), "backgrounds")
         work.raise_if_stopped()
-    return Outcome(units=len(cases), output={})
+    return Outcome(units=len(cases), output={"fingerprint": fingerprint(recipe, work.settings)})
 
 
 def _averaged(work: Work) -> dict[str, torch.Tensor]:

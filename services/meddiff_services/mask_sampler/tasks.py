@@ -17,7 +17,7 @@ from meddiff.store.keys import ModelKeys
 
 from meddiff_services.candidates import Candidate, shard_indices
 from meddiff_services.cases import Masks, training_cases
-from meddiff_services.loading import device, fetch_folder
+from meddiff_services.loading import device, fetch_folder, fingerprint
 from meddiff_services.pictures import Mask, decode_mask
 from meddiff_services.worker import Outcome, Work
 
@@ -81,15 +81,21 @@ def masks(work: Work) -> Outcome:
             )
         )
         work.progress(len(candidates), len(indices), "shapes")
-    return Outcome(units=len(candidates), output={"candidates": [c.model_dump(mode="json") for c in candidates]})
+    output = {
+        "candidates": [c.model_dump(mode="json") for c in candidates],
+        "fingerprint": fingerprint(recipe, work.settings),
+    }
+    return Outcome(units=len(candidates), output=output)
 
 
 def _shapes(work: Work, real: Sequence[Mask], seeds: Sequence[int]) -> list[Mask]:
-    """Low-resolution shapes: the user's own masks, drawn by the mask DDPM, or geometric where masks are too few."""
+    """Low-resolution shapes: the user's own masks in turn, drawn by the mask DDPM, or geometric where masks are too
+    few."""
     settings = work.spec.recipe.mask_generation
     if work.spec.request.masks is not None:
         dataset = load_dataset(work.store, work.tenant, work.spec.request.masks)
-        chosen = [dataset.pairs[derive(seed, "mask") % len(dataset.pairs)] for seed in seeds]
+        order = np.random.default_rng(derive(work.spec.request.seed, "masks")).permutation(len(dataset.pairs))
+        chosen = [dataset.pairs[order[index % len(order)]] for index in shard_indices(work)]
         return list(Masks.of(work, dataset.id, chosen))
     if len(real) < settings.min_masks:
         return [mask_generator.geometric(real, derive(seed, "shape")) for seed in seeds]
@@ -101,20 +107,23 @@ def _shapes(work: Work, real: Sequence[Mask], seeds: Sequence[int]) -> list[Mask
 
 
 def _grounds(work: Work, own: Mapping[str, Mask]) -> list[Ground]:
-    """Backgrounds to choose from: real lesion-free images first; else repaired ones, or the pairs to be covered.
-    ``own``: the lesion of each training case (``COARSE``) by the digest of its image."""
+    """Backgrounds to choose from: real lesion-free images; without them repaired ones, or the pairs to be covered,
+    which go with lesion-free ones that are few. ``own``: the lesion of each training case (``COARSE``) by the digest of
+    its image."""
     dataset_id = work.spec.request.backgrounds or work.spec.dataset_id
     dataset = load_dataset(work.store, work.tenant, dataset_id)
     nothing = np.zeros(COARSE, np.bool_)
-    if dataset.backgrounds:
-        return [Ground(dataset_id, case, False, nothing) for case in dataset.backgrounds]
-    if work.spec.request.backgrounds is not None:
+    lesion_free = [Ground(dataset_id, case, False, nothing) for case in dataset.backgrounds]
+    given, repaired = work.spec.request.backgrounds is not None, work.spec.recipe.inpainting.background == "repair"
+    if lesion_free and (given or repaired or len(lesion_free) >= COVERING):
+        return lesion_free
+    if given:
         covered = zip(dataset.pairs, Masks.of(work, dataset_id, dataset.pairs), strict=True)
         return [Ground(dataset_id, case, False, Lesion.of(mask).coarse) for case, mask in covered]
-    cases = training_cases(work, dataset_id)
-    if work.spec.recipe.inpainting.background == "repair":
-        return [Ground(dataset_id, case, True, nothing) for case in cases]
-    return [Ground(dataset_id, case, False, own[case.image_sha256]) for case in cases]
+    return lesion_free + [
+        Ground(dataset_id, case, repaired, nothing if repaired else own[case.image_sha256])
+        for case in training_cases(work, dataset_id)
+    ]
 
 
 def _to_cover(work: Work, ground: Ground, pngs: Mapping[str, bytes]) -> Mask | None:

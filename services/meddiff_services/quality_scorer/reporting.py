@@ -16,7 +16,7 @@ import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from meddiff import __version__
-from meddiff.contracts.evaluation import REAL, ArmResult, CurvePoint, Report, Row, Worst
+from meddiff.contracts.evaluation import REAL, Arm, ArmResult, CurvePoint, Report, Row, Worst
 from meddiff.contracts.tasks import Marker
 from meddiff.planning import evaluation
 from meddiff.science.evaluation import figures, segmenters, training
@@ -64,7 +64,7 @@ def report(work: Work) -> Outcome:
         worst_cases=tuple(worst),
         doubtful_pairs=tuple(doubtful),
         splits=cut,
-        notes=(*work.marker("split", 0).output["notes"], *(_missing_pairs(work, len(cut)) if painted else ())),
+        notes=(*work.marker("split", 0).output["notes"], *_missing_pairs(work, arms, len(cut))),
         recipe=work.spec.recipe,
         request=work.spec.request.model_dump(mode="json"),
         fingerprint=fingerprint(work.spec.recipe, work.settings),
@@ -76,9 +76,11 @@ def report(work: Work) -> Outcome:
     return Outcome(1, {"verdict": found.verdict, "summary": found.summary, "gain": gain, "runs": len(runs)})
 
 
-def _missing_pairs(work: Work, count: int) -> list[str]:
+def _missing_pairs(work: Work, arms: Sequence[Arm], count: int) -> list[str]:
     """Splits with fewer pairs than the largest arm was to have."""
-    wanted = max(work.spec.request.synthetic)
+    wanted = max(arm.pairs for arm in arms)
+    if wanted == 0:
+        return []
     found = [(split, len(made(work, split))) for split in range(count)]
     return [f"split {split} had {pairs} pairs, {wanted} were asked for" for split, pairs in found if pairs < wanted]
 

@@ -34,7 +34,7 @@ from meddiff.store.keys import ModelKeys
 
 from meddiff_services.candidates import Candidate, drawn, ground_of
 from meddiff_services.cases import imported, load, model_card, training_cases
-from meddiff_services.loading import load_encoder
+from meddiff_services.loading import load_encoder, merged_fingerprint
 from meddiff_services.pictures import Mask, Pixels, decode_mask, decode_png, overlay, sheet, tile
 from meddiff_services.quality_scorer.reporting import report
 from meddiff_services.quality_scorer.splitting import split
@@ -88,7 +88,10 @@ def calibrate(work: Work) -> Outcome:
         pair = load(work, dataset_id, case)
         crops.append(quality.lesion_crop(pair.image, pair.mask, recipe.quality.context, recipe.quality.crop_px))
         work.progress(len(crops), len(cases), "cases")
-    reference = quality.calibrate(encoder, crops, [case.image_sha256 for case in cases], recipe.quality)
+    try:
+        reference = quality.calibrate(encoder, crops, [case.image_sha256 for case in cases], recipe.quality)
+    except ValueError as error:
+        raise ProblemError("invalid-dataset", f"The training cases cannot tell copies: {error}") from None
     keys = ModelKeys(work.tenant, work.spec.model_id)
     work.store.put(keys.reference, reference.to_bytes(), "application/octet-stream")
     return Outcome(units=len(cases), output=reference.summary())
@@ -164,7 +167,7 @@ def manifest(work: Work) -> Outcome:
         for marker in work.markers("quality")
         for entry in marker.output["candidates"]
     ]
-    chosen = selection.select(entries, request.count, work.spec.recipe.quality.max_shape_iou)
+    chosen = selection.select(entries, work.spec)
     duplicates = sum(reason == "duplicate_shape" for _, reason in chosen.rejected)
     metrics.CANDIDATES.labels("duplicate_shape").inc(duplicates)
     card = model_card(work)
@@ -203,11 +206,10 @@ def manifest(work: Work) -> Outcome:
 
 
 def _painters(work: Work, end: int) -> dict[str, str]:
-    """The fingerprint of the process that painted the candidates before ``end``; where several differ, all of their
-    values."""
+    """The fingerprint of the processes that drew and painted the candidates before ``end``."""
     shards = -((work.spec.request.start_index - end) // work.spec.recipe.work.shard_size)
-    found = [marker.output["fingerprint"] for marker in work.markers("inpainting") if marker.shard < shards]
-    return {name: " | ".join(sorted({one[name] for one in found})) for name in found[0]}
+    markers = [*work.markers("masks"), *work.markers("inpainting")]
+    return merged_fingerprint(marker for marker in markers if marker.shard < shards)
 
 
 def _scores(entry: selection.Entry) -> Scores | None:

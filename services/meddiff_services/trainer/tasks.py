@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from meddiff.store.objects import NotFound
 from safetensors.torch import load_file, save_file
 
 from meddiff_services.cases import Masks, Stored, finetuning_recipe, imported, load, training_cases
-from meddiff_services.loading import device, fingerprint, load_encoder, load_foundation
+from meddiff_services.loading import device, fingerprint, load_encoder, load_foundation, merged_fingerprint
 from meddiff_services.pictures import Mask, Pixels, sheet
 from meddiff_services.trainer.segmenting import segmenter, stop
 from meddiff_services.worker import Outcome, Stopped, Work
@@ -40,6 +41,7 @@ UNSEEN = Fault(
     "model, of 9 channels, or recipe paper, whose guide is the lesion alone",
 )
 TIME_TAKEN = 0.9  # Of the time a task may take: the rest is for leaving a checkpoint.
+MAKING: tuple[Stage, ...] = ("cache", "inpainter", "repair", "mask_generator", "backgrounds")
 LATELY = 20  # Steps whose median time says how fast training is.
 
 
@@ -69,7 +71,7 @@ def cache(work: Work) -> Outcome:
     path = _cache_file(work)
     _save(tensors, path)
     work.store.upload_file(work.keys.cache, path)
-    return Outcome(units=len(pairs), output={})
+    return Outcome(units=len(pairs), output={"fingerprint": fingerprint(recipe, work.settings)})
 
 
 def _pair(work: Work, dataset_id: str, case: Case) -> tuple[Pixels, Mask]:
@@ -100,13 +102,13 @@ def _cached(work: Work) -> dict[str, torch.Tensor]:
 
 
 def _segment(work: Work, part: Stage, steps: int, segment_steps: int, train: Train) -> tuple[TrainingState, Outcome]:
-    """Train steps [start, stop) of ``part`` from the newest checkpoint before ``stop``, and leave the next one. A
+    """Train steps [start, stop) of ``part`` from the newest checkpoint there is of them, and leave the next one. A
     worker that is asked to leave within it, or whose time for a task is nearly over, leaves a checkpoint of where it
     is."""
     torch.set_num_threads(work.spec.recipe.work.training_threads)
     start = work.shard * segment_steps
     stop = min(start + segment_steps, steps)
-    begun = _newest_checkpoint(work, part, range(start, stop))
+    begun = _newest_checkpoint(work, part, range(start, stop + 1))
     log = [entry for entry in _stored_log(work, part) if entry.step <= begun] if begun > start else []
 
     entered = time.monotonic()
@@ -124,10 +126,10 @@ def _segment(work: Work, part: Stage, steps: int, segment_steps: int, train: Tra
     try:
         state = train(_load_checkpoint(work, part, begun) if begun else None, stop, on_step, should_stop)
     except FloatingPointError:
-        metrics.TRAINING_LOSS.labels(part).set(float("nan"))
+        metrics.TRAININGS_DIVERGED.labels(part).inc()
         raise
     left_alone = not work.should_stop() or work.leaving
-    if state.step == stop or (left_alone and state.step > begun):
+    if state.step > begun and (state.step == stop or left_alone):
         work.store.put(work.keys.training_log(part, work.shard), _log_lines(log), "application/x-ndjson")
         _save_checkpoint(work, part, state)
     if state.step != stop:
@@ -143,7 +145,12 @@ def _segment(work: Work, part: Stage, steps: int, segment_steps: int, train: Tra
         seconds_per_step=round(float(np.median([entry.seconds for entry in log])), 4),
         memory_bytes=log[-1].memory_bytes,
     )
-    return state, Outcome(units=stop - start, output={"step": stop, "mean_loss": float(np.mean(losses))})
+    output = {
+        "step": stop,
+        "mean_loss": float(np.mean(losses)),
+        "fingerprint": fingerprint(work.spec.recipe, work.settings),
+    }
+    return state, Outcome(units=stop - start, output=output)
 
 
 Train = Callable[[TrainingState | None, int, Callable[[StepLog], None], Callable[[], bool]], TrainingState]
@@ -302,7 +309,7 @@ def publish(work: Work) -> Outcome:
         foundation=foundation,
         inpainter=Component(source=f"job {work.spec.id}", sha256=foundations.digest(folder / "unet")),
         encoder=Component(source=encoder.source, sha256=encoder.sha256),
-        fingerprint=fingerprint(recipe, work.settings),
+        fingerprint=merged_fingerprint(marker for stage in MAKING for marker in work.markers(stage)),
         cases=tuple(case.image_sha256 for case in cases),
         backgrounds=len(dataset.backgrounds),
         training={stage: _training_summary(work.markers(stage)) for stage in segments if work.markers(stage)},
@@ -312,10 +319,19 @@ def publish(work: Work) -> Outcome:
     work.raise_if_ended()
     work.store.put(keys.card, card.model_dump_json().encode(), "application/json")
     if work.spec.request.name is not None:
-        pointer = json.dumps({"model_id": work.spec.model_id}).encode()
-        work.store.put(model_name(work.tenant, work.spec.request.name), pointer, "application/json")
+        _name(work, work.spec.request.name)
     work.log.info("model published", seconds=round(time.monotonic() - started, 1))
     return Outcome(units=1, output={"model_id": work.spec.model_id, "inpainter_sha256": card.inpainter.sha256})
+
+
+def _name(work: Work, name: str) -> None:
+    """Gives the model its name, unless a fine-tune that was asked for later has it already."""
+    key = model_name(work.tenant, name)
+    with suppress(NotFound):
+        holder = ModelKeys(work.tenant, json.loads(work.store.get(key))["model_id"])
+        if work.store.get_json(holder.card, ModelCard).job_id > work.spec.id:
+            return
+    work.store.put(key, json.dumps({"model_id": work.spec.model_id}).encode(), "application/json")
 
 
 def _training_summary(markers: list[Marker]) -> dict[str, float]:
@@ -326,6 +342,9 @@ def _training_summary(markers: list[Marker]) -> dict[str, float]:
         "seconds_per_step": round(sum(m.seconds for m in markers) / steps, 4),
     }
 
+
+for _part in ("inpainter", "repair", "mask_generator"):
+    metrics.TRAININGS_DIVERGED.labels(_part)
 
 STAGES: dict[Stage, Callable[[Work], Outcome]] = {
     "cache": cache,

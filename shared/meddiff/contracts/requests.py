@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
@@ -86,6 +87,16 @@ class GenerateRequest(Contract):
     priority: Priority = "normal"
     metadata: Metadata = {}
 
+    @field_validator("recipe")
+    @classmethod
+    def _json(cls, changes: dict[str, Any]) -> dict[str, Any]:
+        """What it changes is judged with the model's recipe; here, that it can be written down."""
+        try:
+            json.dumps(changes, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
+            raise ValueError("nested too deeply, or text that is not Unicode") from None
+        return changes
+
 
 class EvaluateRequest(Contract):
     """``POST /evaluate``: what synthetic pairs are worth, on real cases that had no part in making them.
@@ -117,6 +128,11 @@ class EvaluateRequest(Contract):
     def fits_generators(self) -> bool:
         """Whether the job makes its own generators, by child jobs."""
         return self.model is None and self.synthetic_job is None
+
+    @property
+    def splits(self) -> int:
+        """How often the cases are divided into those that train and those that test."""
+        return self.folds or (self.draws if self.draws is not None and self.fits_generators else 1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

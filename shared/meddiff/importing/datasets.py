@@ -93,12 +93,14 @@ def import_dataset(source: Files, store: ObjectStore, tenant: str, progress: Pro
             notes=judged.notes(named=False),
         )
         keys = DatasetKeys(tenant, dataset.id)
-        if store.exists(keys.dataset):
-            return store.get_json(keys.dataset, Dataset)
-        for case in dataset.cases:
-            store.put(keys.image(case.id), spool.get(case.id, "image"), "image/png")
-            if case.mask_sha256 is not None:
+        present = set(store.list(f"{keys.root}/"))
+        for case in dataset.cases:  # Also of a dataset that is there: a deletion beside its import may have taken some.
+            if keys.image(case.id) not in present:
+                store.put(keys.image(case.id), spool.get(case.id, "image"), "image/png")
+            if case.mask_sha256 is not None and keys.mask(case.id) not in present:
                 store.put(keys.mask(case.id), spool.get(case.id, "mask"), "image/png")
+        if keys.dataset in present:
+            return store.get_json(keys.dataset, Dataset)
         store.put_json(keys.dataset, dataset)
     return dataset
 
@@ -211,7 +213,10 @@ def _judge(source: Files, keep: Keep, progress: Progress) -> _Judged:
             for remark in image.notes:
                 judged.remarks[remark].append(raw.image)
             first, its_case = first_with.setdefault(case.image_sha256, (raw, case))
-            if first != raw:
+            if {its_case.role, case.role} == {"pair", "background"}:
+                detail = f"the same picture as {first.image}: one of the two says that it shows no lesion"
+                judged.faults.append(Fault(pointer=raw.image, detail=detail))
+            elif first != raw:
                 judged.remarks[_same_picture(its_case, case)].append(raw.image)
             if mask is not None and its_case.mask_sha256 != case.mask_sha256:
                 other = _decode(first, source, window)[1]
@@ -230,8 +235,6 @@ def _judge(source: Files, keep: Keep, progress: Progress) -> _Judged:
 
 
 def _same_picture(first: Case, case: Case) -> str:
-    if {first.role, case.role} == {"pair", "background"}:
-        return "the same picture with a lesion and as a lesion-free one"
     if first.mask_sha256 != case.mask_sha256:
         return "the same picture as another of the dataset with another mask: the first is used"
     return "the same picture as another of the dataset"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import structlog
@@ -18,7 +19,7 @@ from meddiff.planning.plan import Ending, plan
 from meddiff.planning.progress import tasks_left
 from meddiff.planning.turns import place
 from meddiff.store.keys import JobKeys, active, newest
-from meddiff.store.objects import NotFound, ObjectStore, StoreError
+from meddiff.store.objects import NotFound, ObjectStore, StoreError, StoreUnavailable
 
 Send = Callable[[Task], None]
 
@@ -61,10 +62,11 @@ def fill(
             if turn not in planned:
                 planned[turn] = _step_or_nothing(store, leases, *turn)
             task, more = leases.reserve([task for task in planned[turn] if task.queue == queue])
-            if not more:
-                leases.withdraw(*turn, queue)
             if task is not None:
                 leases.charge(queue, task.tenant, leases.seconds_of(task.stage))
+            if not more:  # After the charge, for a tenant with nothing due has no place that it could be charged at.
+                leases.withdraw(*turn, queue)
+            if task is not None:
                 send(task)
                 room -= 1
 
@@ -115,12 +117,15 @@ def _step(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> tuple
 
 
 def _step_or_nothing(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> tuple[Task, ...]:
-    """``_step``; a job that cannot be planned does not keep the others from it."""
+    """``_step``; a job that cannot be planned, for a record of its own is damaged or not given, does not keep the
+    others from it. Raises ``StoreError`` where the store as a whole does not answer."""
     try:
         return _step(store, leases, tenant, job_id)
-    except (StoreError, RedisError):
+    except RedisError:
         raise
     except Exception as error:
+        if isinstance(error, StoreError):
+            store.ping()
         log.warning("job not planned", tenant=tenant, job=job_id, error=type(error).__name__)
         leases.withdraw(tenant, job_id)
         leases.look_later(tenant, job_id)
@@ -134,10 +139,12 @@ def _drop(store: ObjectStore, leases: Leases, tenant: str, job_id: str) -> None:
 
 def submit(store: ObjectStore, spec: Spec) -> None:
     """The job exists from its spec on. It is listed before that and active after, for a sweep drops what has no spec;
-    submitting it again changes nothing."""
+    submitting it again changes nothing. Where the store fails after the spec the job is accepted all the same: whoever
+    submitted it plans it next, and the hourly tidy makes it active."""
     store.put(newest(spec.tenant, spec.id), b"")
     store.put_json(JobKeys(spec.tenant, spec.id).spec, spec)
-    store.put(active(spec.tenant, spec.id), b"")
+    with suppress(StoreUnavailable):
+        store.put(active(spec.tenant, spec.id), b"")
 
 
 def cancel(store: ObjectStore, tenant: str, job_id: str, now: datetime) -> None:

@@ -29,9 +29,9 @@ RECENT = 3  # Markers of a stage that its speed is taken from.
 
 
 def read_job(
-    store: ObjectStore, leases: Leases, tenant: str, job_id: str, clock: Callable[[], float] = time.time
+    store: ObjectStore, leases: Leases | None, tenant: str, job_id: str, clock: Callable[[], float] = time.time
 ) -> Job:
-    """The job as it stands, without Redis without live progress and position. Raises ``NotFound``."""
+    """The job as it stands; without ``leases``, or where Redis is away, without live progress. Raises ``NotFound``."""
     spec = read_spec(store, tenant, job_id)
     keys = JobKeys(tenant, job_id)
     try:
@@ -41,7 +41,8 @@ def read_job(
     try:
         observed = observe(store, leases, spec)
     except redis.RedisError:
-        observed = observe(store, None, spec)
+        leases = None
+        observed = observe(store, leases, spec)
     return snapshot(spec, observed, _measure(store, leases, spec, observed, clock()))
 
 
@@ -71,13 +72,15 @@ def _lines_lately(leases: Leases, moment: int) -> dict[Queue, list[InLine]]:
     return leases.lines(leases.took(), leases.workers())
 
 
-def _measure(store: ObjectStore, leases: Leases, spec: Spec, observed: Observed, now: float) -> Measured:
+def _measure(store: ObjectStore, leases: Leases | None, spec: Spec, observed: Observed, now: float) -> Measured:
     speeds = {
         stage: speed for stage, shards in _finished(observed).items() if (speed := _speed(store, spec, stage, shards))
     }
     started_at = _started_at(store, spec)
     waits = not observed.done and not observed.tally.shards
     known = Measured(speeds, position=_position(store, {}, spec, 0.0) if waits else None, started_at=started_at)
+    if leases is None:
+        return known
     try:
         workers, took = leases.workers(), leases.took()
         lines = _lines_lately(leases, int(now / LINES_LATELY)) if speeds else {}

@@ -104,10 +104,10 @@ class Leases:
     # --------------------------------------------------------------------------------------------------------- tasks
 
     def reserve(self, tasks: Sequence[Task]) -> tuple[Task | None, bool]:
-        """Before a task is sent: the first of ``tasks`` (of one queue) that neither waits in it nor runs, which counts
-        as sent from here on, and whether there are others like it."""
+        """Before a task is sent: the first of ``tasks`` (of one queue) that neither waits in it nor runs nor pauses,
+        which counts as sent from here on, and whether there are others like it."""
         for some in _some_at_once(tasks):
-            keys = _queue_keys(some[0].queue)[:2]
+            keys = [*_queue_keys(some[0].queue)[:2], _paused(some[0].queue)]
             place, free = self._run(scripts.RESERVE, keys, self._milliseconds, *map(_name, some))
             if place:
                 return some[place - 1], free > 1 or some[-1] != tasks[-1]
@@ -125,9 +125,13 @@ class Leases:
         self._run(scripts.RELEASE, _task_keys(task), _name(task), token)
         self.client.hdel(_live(task.tenant, task.job_id), f"{task.stage}:{task.shard}")
 
+    def pause(self, task: Task, seconds: float) -> None:
+        """The task is not sent again for so long."""
+        self._run(scripts.UNTIL, [_paused(task.queue)], int(seconds * 1000), _name(task))
+
     def expired(self) -> list[tuple[str, str]]:
         """(tenant, job id) of tasks whose lease has run out since this was last asked: their messages are lost, or who
-        ran them is gone."""
+        ran them is gone; and of those whose pause is over."""
         found = cast(list[bytes], self._run(scripts.EXPIRED, (), *QUEUES))
         return sorted({(name[0], name[1]) for name in (task.decode().split("/") for task in found)})
 
@@ -256,6 +260,10 @@ class Leases:
         where the others are (start-time fair queueing, Goyal et al., 1996): time not asked for is not saved up."""
         self.client.eval(scripts.CHARGE, 0, queue, tenant, str(seconds / self.weights.get(tenant, 1.0)))
 
+    def correct(self, queue: Queue, tenant: str, seconds: float) -> None:
+        """The tenant's task took so much more of ``queue``, or less, than it was charged."""
+        self.client.eval(scripts.CORRECT, 0, queue, tenant, str(seconds / self.weights.get(tenant, 1.0)))
+
     # ------------------------------------------------------------------------------------------------------ workers
 
     def heartbeat(self, queue: Queue, worker: str) -> None:
@@ -333,6 +341,10 @@ def _name(task: Task) -> str:
 
 def _queue_keys(queue: Queue) -> list[str]:
     return [f"sent:{queue}", f"running:{queue}", f"holders:{queue}"]
+
+
+def _paused(queue: Queue) -> str:
+    return f"paused:{queue}"
 
 
 def _task_keys(task: Task) -> list[str]:

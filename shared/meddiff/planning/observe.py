@@ -3,11 +3,11 @@ listed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from meddiff.contracts.evaluation import Split
 from meddiff.contracts.jobs import End, EvaluateSpec, FinetuneSpec, GenerateSpec, Spec
@@ -17,7 +17,7 @@ from meddiff.planning.leases import Leases
 from meddiff.planning.plan import Observed
 from meddiff.planning.selection import Entry, Tally, fold, is_full
 from meddiff.store.keys import JobKeys
-from meddiff.store.objects import NotFound, ObjectStore
+from meddiff.store.objects import NotFound, ObjectStore, StoreError
 
 _SPEC: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="kind")])
 _SHARD_STAGES: tuple[Stage, ...] = ("masks", "inpainting", "quality")
@@ -36,11 +36,23 @@ def read_marker(store: ObjectStore, tenant: str, job_id: str, stage: Stage, shar
 
 
 def observe(store: ObjectStore, leases: Leases | None, spec: Spec) -> Observed:
-    """All that the plan needs to know of a job that has not ended; ``leases`` only spare it from reading all again."""
-    keys = JobKeys(spec.tenant, spec.id)
-    present = store.children(f"{keys.root}/")
-    faults = _faults(store, keys) if "faults" in present else {}
+    """All that the plan needs to know of a job that has not ended; ``leases`` only spare it from reading all again. To
+    stop, a job needs none of its records, so one that is damaged or lost does not keep it from that."""
+    present = store.children(f"{JobKeys(spec.tenant, spec.id).root}/")
     cancelled = "cancel.json" in present
+    try:
+        return _observed(store, leases, spec, present, cancelled)
+    except (ValidationError, StoreError):
+        if not cancelled:
+            raise
+        return Observed(cancelled=True)
+
+
+def _observed(
+    store: ObjectStore, leases: Leases | None, spec: Spec, present: Collection[str], cancelled: bool
+) -> Observed:
+    keys = JobKeys(spec.tenant, spec.id)
+    faults = _faults(store, keys) if "faults" in present else {}
     if isinstance(spec, GenerateSpec):
         tally = observe_tally(store, leases, spec) if "done" in present else Tally()
         beyond = _done_beyond(store, keys, tally.shards) if "done" in present else {}

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from meddiff.contracts.base import DatasetId, ModelId
 from meddiff.contracts.jobs import EvaluateSpec, FinetuneSpec, Spec
 from meddiff.contracts.models import ModelCard
@@ -47,7 +49,7 @@ def remove_dataset(store: ObjectStore, tenant: str, dataset_id: DatasetId, *, de
 
 def remove_model(store: ObjectStore, tenant: str, card: ModelCard, *, derived: bool) -> None:
     """Removes a model, and with ``derived`` the pairs made with it. Raises as ``remove_dataset`` does."""
-    jobs = tuple(specs(store, tenant))
+    jobs = tuple(_specs(store, tenant))
     made = Derived((), _with_evaluations([spec for spec in jobs if _uses_model(spec, card.id)], jobs))
     _release(store, tenant, made, "model", derived=derived)
     for job in made.jobs:
@@ -60,24 +62,32 @@ def clear_job(store: ObjectStore, tenant: str, job_id: str) -> None:
     store.delete(_results(store, tenant, job_id))
 
 
-def specs(store: ObjectStore, tenant: str) -> Iterator[Spec]:
-    """Every job of the tenant, newest first."""
+def _specs(store: ObjectStore, tenant: str) -> Iterator[Spec]:
+    """Every job of the tenant, newest first. Raises ``ValidationError``, as ``_cards`` does."""
     for key in store.list(newest_root(tenant)):
         with suppress(NotFound):
             yield read_spec(store, tenant, job_of_newest(key))
 
 
-def cards(store: ObjectStore, tenant: str) -> Iterator[ModelCard]:
-    """Every model of the tenant, in order of id."""
+def readable_cards(store: ObjectStore, tenant: str) -> Iterator[ModelCard]:
+    """Every model of the tenant, in order of id, but those that a newer version wrote."""
+    for model_id in store.children(tenant_root(tenant, "models")):
+        with suppress(NotFound, ValidationError):
+            yield store.get_json(ModelKeys(tenant, model_id).card, ModelCard)
+
+
+def _cards(store: ObjectStore, tenant: str) -> Iterator[ModelCard]:
+    """Every model of the tenant. Raises ``ValidationError``: of one that cannot be read nobody knows whether it goes
+    too."""
     for model_id in store.children(tenant_root(tenant, "models")):
         with suppress(NotFound):
             yield store.get_json(ModelKeys(tenant, model_id).card, ModelCard)
 
 
 def _from_dataset(store: ObjectStore, tenant: str, dataset_id: DatasetId) -> Derived:
-    models = tuple(card for card in cards(store, tenant) if card.dataset_id == dataset_id)
+    models = tuple(card for card in _cards(store, tenant) if card.dataset_id == dataset_id)
     of_models = {card.id for card in models}
-    jobs = tuple(specs(store, tenant))
+    jobs = tuple(_specs(store, tenant))
     using = [
         spec
         for spec in jobs

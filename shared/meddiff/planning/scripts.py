@@ -2,11 +2,11 @@
 epoch, by Redis's own clock unless the caller brings one.
 
 Keys, of which each may vanish at any moment: ``sent:{queue}`` and ``running:{queue}`` (tasks by the moment their lease
-ends), ``holders:{queue}`` (who runs a task), ``running-of:{tenant}/{job}``, ``workers:{queue}`` (by the moment they
-count as gone), ``turns:{queue}`` (tenants with something due, by how much they have had) and ``turns:{queue}:{tenant}``
-(their jobs, the next one first), ``had:{queue}`` and ``now:{queue}`` (the same of tenants that have nothing due, and of
-the one served last), ``look`` (jobs by the moment they are to be planned again),
-``leader:sweep`` (who leads, by the moment that ends).
+ends), ``paused:{queue}`` (tasks by the moment they may be sent again), ``holders:{queue}`` (who runs a task),
+``running-of:{tenant}/{job}``, ``workers:{queue}`` (by the moment they count as gone), ``turns:{queue}`` (tenants with
+something due, by how much they have had) and ``turns:{queue}:{tenant}`` (their jobs, the next one first),
+``had:{queue}`` and ``now:{queue}`` (the same of tenants that have nothing due, and of the one served last), ``look``
+(jobs by the moment they are to be planned again), ``leader:sweep`` (who leads, by the moment that ends).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ local function lasts(key, task)
 end
 """
 
-RESERVE = (  # KEYS sent, running; ARGV now, milliseconds, task…: {place of the one reserved or 0, how many were free}
+RESERVE = (  # KEYS sent, running, paused; ARGV now, milliseconds, task…: {place of the reserved or 0, how many free}
     _NOW
     + """
 local place, free = 0, 0
 for n = 3, #ARGV do
-  if not lasts(KEYS[1], ARGV[n]) and not lasts(KEYS[2], ARGV[n]) then
+  if not lasts(KEYS[1], ARGV[n]) and not lasts(KEYS[2], ARGV[n]) and not lasts(KEYS[3], ARGV[n]) then
     free = free + 1
     if place == 0 then
       redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[n])
@@ -66,12 +66,12 @@ return 1
 """
 )
 
-EXPIRED = (  # ARGV now, queue…: tasks whose lease has run out, forgotten from here on
+EXPIRED = (  # ARGV now, queue…: tasks whose lease or pause has run out, forgotten from here on
     _NOW
     + """
 local found = {}
 for n = 2, #ARGV do
-  for _, kind in ipairs({'sent:', 'running:'}) do
+  for _, kind in ipairs({'sent:', 'running:', 'paused:'}) do
     local key = kind .. ARGV[n]
     for _, task in ipairs(redis.call('ZRANGEBYSCORE', key, '-inf', now)) do
       redis.call('ZREM', key, task)
@@ -173,6 +173,16 @@ while true do
   if job then return {tenant, job} end
   redis.call('ZREM', 'turns:' .. ARGV[1], tenant)
 end
+"""
+)
+
+CORRECT = (  # ARGV queue, tenant, how much more it cost than it was charged
+    """
+local tenants, had = 'turns:' .. ARGV[1], 'had:' .. ARGV[1]
+local now = redis.call('ZSCORE', tenants, ARGV[2]) or redis.call('HGET', had, ARGV[2])
+if not now then return end
+redis.call('HSET', had, ARGV[2], now + ARGV[3])
+if redis.call('ZSCORE', tenants, ARGV[2]) then redis.call('ZADD', tenants, now + ARGV[3], ARGV[2]) end
 """
 )
 

@@ -79,9 +79,9 @@ class Selection:
         return dict(Counter(reason for _, reason in self.rejected))
 
 
-def select(entries: Sequence[Entry], count: int, max_iou: float) -> Selection:
+def select(entries: Sequence[Entry], spec: GenerateSpec) -> Selection:
     """The selection among ``entries`` in index order, without a gap up to the N-th accepted one."""
-    judged = list(_judge(entries, b"", count, max_iou))
+    judged = list(_judge(entries, b"", spec))
     return Selection(
         accepted=tuple(entry for entry, reason in judged if reason is None),
         rejected=tuple((entry, reason) for entry, reason in judged if reason is not None),
@@ -93,7 +93,7 @@ def fold(tally: Tally, shards: Sequence[Sequence[Entry]], spec: GenerateSpec) ->
     """``tally`` carried on over the candidates of the shards that follow it; shard by shard or all at once is the
     same, and the same as ``select`` from the beginning."""
     entries = [entry for shard in shards for entry in shard]
-    judged = list(_judge(entries, tally.signatures, spec.request.count, spec.recipe.quality.max_shape_iou))
+    judged = list(_judge(entries, tally.signatures, spec))
     accepted = [entry for entry, reason in judged if reason is None]
     return Tally(
         shards=tally.shards + len(shards),
@@ -103,23 +103,25 @@ def fold(tally: Tally, shards: Sequence[Sequence[Entry]], spec: GenerateSpec) ->
     )
 
 
-def _judge(entries: Iterable[Entry], known: bytes, count: int, max_iou: float) -> Iterator[tuple[Entry, Reason | None]]:
-    """Each entry with its reason, until ``count`` are accepted, those with the ``known`` signatures included.
+def _judge(entries: Iterable[Entry], known: bytes, spec: GenerateSpec) -> Iterator[tuple[Entry, Reason | None]]:
+    """Each entry with its reason, until as many are accepted as the job is to make, those with the ``known`` signatures
+    included.
 
-    An acceptable one whose shape overlaps that of an earlier accepted one by more than ``max_iou`` is a
-    ``duplicate_shape``.
+    An acceptable one whose shape overlaps that of an earlier accepted one by more than ``max_shape_iou`` is a
+    ``duplicate_shape``; not where the caller gave the shapes, to be used again and again.
     """
-    accepted = bytearray(known)
+    max_iou = spec.recipe.quality.max_shape_iou if spec.request.masks is None else 1.0
+    accepted = signatures.Shapes(known)
     for entry in entries:
-        if len(accepted) >= count * signatures.BYTES:
+        if len(accepted) >= spec.request.count:
             return
         reason = entry.reason
         if reason is None:
             signature = bytes.fromhex(entry.signature)
-            if signatures.max_iou(signature, bytes(accepted)) > max_iou:
+            if max_iou < 1 and accepted.max_iou(signature) > max_iou:
                 reason = "duplicate_shape"
             else:
-                accepted += signature
+                accepted.add(signature)
         yield entry, reason
 
 

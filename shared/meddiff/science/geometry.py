@@ -109,8 +109,10 @@ def resize_image(image: Colours, size: tuple[int, int]) -> Colours:
 
 
 def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
-    """A mask at ``size`` (h, w): pixels whose covered share, by a triangle kernel, is at least one half."""
-    return _resample(mask.astype(np.float32)[..., None], size, _triangle)[..., 0] >= 0.5
+    """A mask at ``size`` (h, w): pixels whose covered share, by a triangle kernel, is at least one half; where there is
+    none, the one most covered, so that nothing but an empty mask comes out empty."""
+    covered = _resample(mask.astype(np.float32)[..., None], size, _triangle)[..., 0]
+    return np.asarray((covered >= min(0.5, float(covered.max()))) & (covered > 0))
 
 
 def paste(background: Image, patch: Image, window: Window, guide: Mask) -> Image:

@@ -182,7 +182,8 @@ def _augmented(x: Tensor, draw: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def sample(unet: UNet2DModel, recipe: Recipe, seeds: Sequence[int], masks: Sequence[Mask]) -> list[Mask]:
-    """A shape for each seed by DDIM: bool (4 res, 4 res) in the frame of the whole image, never empty.
+    """A shape for each seed by DDIM: bool (4 res, 4 res) in the frame of the whole image, never empty; a geometric one
+    of the size that ``geometric`` gives it.
 
     Each seed has its own noise and its own model among the real ``masks``, whose area, augmented as in training, is
     the one to be drawn where the network is told one. The batch is always of the same size, so a shape depends on its
@@ -211,8 +212,8 @@ def sample(unet: UNet2DModel, recipe: Recipe, seeds: Sequence[int], masks: Seque
                 shapes[seed] = shape
     for seed in seeds:
         if seed not in shapes:
-            shape = geometric([masks[models[seed]]], seed, size)
-            shapes[seed] = shape if real.admits(shape, None) else geometric(masks, seed, size)
+            shape = geometric([masks[models[seed]]], seed)
+            shapes[seed] = shape if real.admits(shape, None) else geometric(masks, seed)
     return [shapes[seed] for seed in seeds]
 
 
@@ -301,8 +302,7 @@ def place(shape: Mask, size: tuple[int, int]) -> Mask:
     if shape.shape == size or not shape.any() or shape.all():
         return shape.copy() if shape.shape == size else np.full(size, bool(shape.any()))
     if shape.shape[0] >= size[0] and shape.shape[1] >= size[1]:
-        placed = resize_mask(shape, size)
-        return placed if placed.any() else _largest(resize_image(shape.astype(np.float32)[..., None], size)[..., 0], 1)
+        return resize_mask(shape, size)
     soft = ndimage.gaussian_filter(shape.astype(np.float32), 1.0, mode="nearest")
     enlarged = resize_image(soft[..., None], size)[..., 0]
     return _largest(enlarged, max(1, round(float(shape.mean()) * enlarged.size)))
@@ -319,6 +319,8 @@ def _largest(field: Field, count: int) -> Mask:
 HARMONICS = 8
 ANGLES = 96
 RADII = 1024
+SIDES = (128, 1024)
+CELLS_ACROSS = 4  # Of the smallest lesion, where the frame is not finer than the second of SIDES already.
 
 
 @dataclass(frozen=True)
@@ -331,25 +333,39 @@ class _Blob:
     lobes: NDArray[np.complex128]
 
 
-def geometric(masks: Sequence[Mask], seed: int, size: int = 128) -> Mask:
-    """A shape (size, size) of a family fitted to real masks (H, W), at least one: the place, size and elongation of one
-    of them changed by about the spread of all, lobes of the real strength in new places.
+def geometric(masks: Sequence[Mask], seed: int) -> Mask:
+    """A shape (n, n), n as ``SIDES``, of a family fitted to real masks (H, W), at least one: the place, size and
+    elongation of one of them changed by about the spread of all, lobes of the real strength in new places. One far
+    smaller or larger than any of them (most of it may lie beyond the edge) is drawn again a few times.
 
     Raises ``ValueError`` if no mask holds anything.
     """
-    blobs = [_blob(mask) for mask in masks if mask.any()]
-    if not blobs:
+    filled = [mask for mask in masks if mask.any()]
+    if not filled:
         raise ValueError("a geometric shape needs at least one mask that is not empty")
+    blobs = [_blob(mask) for mask in filled]
+    areas = [float(mask.mean()) for mask in filled]
+    size = int(np.clip(CELLS_ACROSS / np.sqrt(min(areas)), *SIDES))
     rng = np.random.default_rng(seed)
-    base = blobs[rng.integers(len(blobs))]
+    for _ in range(1 + REDRAWS):
+        shape = _drawn(_varied(blobs, rng), size)
+        if min(areas) / AREA_SLACK <= shape.mean() <= max(areas) * AREA_SLACK:
+            break
+    return shape
+
+
+def _varied(blobs: Sequence[_Blob], rng: np.random.Generator) -> _Blob:
+    """One of the outlines, changed; its centre stays within the frame, reflected at its edges."""
+    base = blobs[int(rng.integers(len(blobs)))]
     bandwidth = 0.5 * len(blobs) ** -0.2
-    centre = base.centre + rng.normal(0, _spread([b.centre for b in blobs], 0.06) * bandwidth)
+    moved = base.centre + rng.normal(0, _spread([b.centre for b in blobs], 0.06) * bandwidth)
+    centre = 1 - np.abs(1 - np.abs(moved))
     log_radius = base.log_radius + rng.normal(0, _spread([b.log_radius for b in blobs], 0.15) * bandwidth)
     strength = np.sqrt(np.mean([np.abs(b.lobes) ** 2 for b in blobs], axis=0))
     turned = rng.uniform(0, 2 * np.pi, HARMONICS)
     turned[1] = rng.normal(0, 0.4)
     amplitudes = np.abs(base.lobes) * rng.uniform(0.6, 1.2, HARMONICS) + 0.1 * strength
-    return _drawn(_Blob(centre, log_radius, amplitudes * np.exp(1j * (np.angle(base.lobes) + turned))), size)
+    return _Blob(centre, log_radius, amplitudes * np.exp(1j * (np.angle(base.lobes) + turned)))
 
 
 def _spread(values: Sequence[NDArray[np.float64] | float], least: float) -> NDArray[np.float64]:

@@ -2,7 +2,7 @@
 
 Everything is measured on lesion crops: outside its guide a synthetic pair is its background, bit for bit, so whole
 images would say nothing. A fixed similarity does not tell copies from likenesses; rank and margin do: a copy is much
-nearer to its original than to any other real case.
+nearer to its original than to any other real lesion.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load, save
 from scipy import stats
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from meddiff.contracts.manifest import Reason, Scores
@@ -33,6 +34,7 @@ SUBCROP = 0.85
 LIT = (20, -20)  # Grey levels.
 SAFETY = 0.85  # A low quantile of thirty ratios is uncertain; new real cases must not pass for copies.
 LEAST_SPREAD = 0.15  # Of log distances: a handful of cases may lie equally far from each other by chance.
+ALIKE_QUANTILE = 0.1
 CORNERS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 
 Similarities = NDArray[np.float64]
@@ -50,29 +52,40 @@ class Reference:
     """The real lesions a candidate is compared with.
 
     ``embeddings``: (n, v, d), unit vectors of v views of each of n crops, the first the crop itself; ``cases``: the
-    digest of each case's image; ``lowest``: the nearest similarity below which a candidate is too far; ``copy_ratio``:
-    the ratio of the distances to the nearest and second nearest case below which it is a copy of the nearest.
+    digest of each case's image; ``lesions``: the number of the lesion that each crop shows, 0 to g - 1, for one may be
+    there twice; ``lowest``: the nearest similarity below which a candidate is too far; ``copy_ratio``: the ratio of the
+    distances to the nearest and second nearest lesion below which it is a copy of the nearest.
     """
 
     embeddings: Tensor
     cases: tuple[str, ...]
+    lesions: tuple[int, ...]
     lowest: float
     copy_ratio: float
 
     def to_bytes(self) -> bytes:
         """safetensors: the embeddings, and the rest as JSON in its metadata."""
-        rest = {"cases": self.cases, "lowest": self.lowest, "copy_ratio": self.copy_ratio}
+        rest = {
+            "cases": self.cases, "lesions": self.lesions, "lowest": self.lowest, "copy_ratio": self.copy_ratio,
+        }  # fmt: skip
         return bytes(save({"embeddings": self.embeddings.contiguous()}, {"reference": json.dumps(rest)}))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Reference:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         rest = json.loads(header["__metadata__"]["reference"])
-        return cls(load(data)["embeddings"], tuple(rest["cases"]), rest["lowest"], rest["copy_ratio"])
+        cases = tuple(rest["cases"])
+        lesions = tuple(rest.get("lesions", range(len(cases))))
+        return cls(load(data)["embeddings"], cases, lesions, rest["lowest"], rest["copy_ratio"])
 
     def summary(self) -> dict[str, Any]:
         """What the model card says of the calibration."""
-        return {"cases": len(self.cases), "lowest": round(self.lowest, 4), "copy_ratio": round(self.copy_ratio, 4)}
+        return {
+            "cases": len(self.cases),
+            "lesions": len(set(self.lesions)),
+            "lowest": round(self.lowest, 4),
+            "copy_ratio": round(self.copy_ratio, 4),
+        }
 
 
 def lesion_crop(image: Image, region: Mask, context: float, px: int) -> Image:
@@ -98,25 +111,33 @@ def lesion_crop(image: Image, region: Mask, context: float, px: int) -> Image:
 
 
 def calibrate(encoder: Encoder, crops: Sequence[Image], cases: Sequence[str], settings: Quality) -> Reference:
-    """The reference of at least two real crops (px, px, C), each of the case whose digest stands at its place.
+    """The reference of real crops (px, px, C), each of the case whose digest stands at its place.
 
-    The band comes from real-to-real, each crop against the others. ``lowest``: a new real case would be farther from
-    its nearest with probability ``far_quantile``. ``copy_ratio`` lies half way (in logarithm) between the
-    1 - ``copy_quantile`` quantile of what crops have to themselves after a small change and the ``far_quantile`` of
-    what distinct crops have to each other, and always below the latter.
-    Raises ``ValueError`` for fewer than two crops.
+    Crops as near to each other as the tenth that changes least is to itself after a small change show one lesion: two
+    frames, or a picture stored twice. The band comes from real-to-real, each lesion
+    against the others. ``lowest``: a new real case would be farther from its nearest with probability
+    ``far_quantile``. ``copy_ratio`` lies half way (in logarithm) between the 1 - ``copy_quantile`` quantile of what
+    crops have to themselves after a small change and the ``far_quantile`` of what distinct lesions have to each other,
+    and always below the latter.
+    Raises ``ValueError`` for crops of fewer than two lesions.
     """
-    if len(crops) < 2:
-        raise ValueError("similarity between real cases needs at least two of them")
     views = torch.stack([encoder(_batch(_views(crop))) for crop in crops])
     among = _similarities(views[:, 0], views)
-    np.fill_diagonal(among, -1.0)
-    changed = encoder(_batch([_changed(crop, derive("changed", n)) for n, crop in enumerate(crops)]))
-    to_itself = np.quantile(_distance_ratios(_similarities(changed, views)), 1 - settings.copy_quantile)
-    to_others = np.quantile(_distance_ratios(among), settings.far_quantile) if len(crops) > 2 else 1.0
+    changed = _similarities(
+        encoder(_batch([_changed(crop, derive("changed", n)) for n, crop in enumerate(crops)])), views
+    )
+    alike = 1 - among <= np.quantile(1 - np.diag(changed), ALIKE_QUANTILE)
+    count, lesions = connected_components(alike, directed=False)
+    if count < 2:
+        raise ValueError("similarity between real lesions needs at least two of them")
+    to_itself = np.quantile(_distance_ratios(_by_lesion(changed, lesions)), 1 - settings.copy_quantile)
+    among[lesions[:, None] == lesions] = -1.0
+    to_lesions = _by_lesion(among, lesions)
+    to_others = np.quantile(_distance_ratios(to_lesions), settings.far_quantile) if count > 2 else 1.0
     copy_ratio = min(SAFETY * to_others, np.sqrt(to_itself * to_others))
-    lowest = 1 - _farthest(1 - among.max(axis=1), settings.far_quantile)
-    return Reference(views, tuple(cases), float(lowest), float(copy_ratio))
+    nearest = _by_lesion(to_lesions.max(axis=1)[None], lesions)[0]
+    lowest = 1 - _farthest(1 - nearest, settings.far_quantile)
+    return Reference(views, tuple(cases), tuple(lesions.tolist()), float(lowest), float(copy_ratio))
 
 
 def _farthest(distances: NDArray[np.float64], quantile: float) -> float:
@@ -169,8 +190,14 @@ def _similarities(vectors: Tensor, views: Tensor) -> Similarities:
     return torch.einsum("md,nvd->mnv", vectors, views).amax(dim=2).double().numpy()
 
 
+def _by_lesion(similarities: Similarities, lesions: Sequence[int] | NDArray[np.integer]) -> Similarities:
+    """Of similarities (m, n) to cases those to lesions (m, g): that of the case most like it."""
+    numbers = np.asarray(lesions)
+    return np.stack([similarities[:, numbers == one].max(axis=1) for one in range(numbers.max() + 1)], axis=1)
+
+
 def _distance_ratios(similarities: Similarities) -> Similarities:
-    """Distance to the nearest case over that to the second nearest (Lowe 2004), for each row of (m, n)."""
+    """Distance to the nearest lesion over that to the second nearest (Lowe 2004), for each row of (m, g)."""
     second, first = np.sort(1 - similarities, axis=1)[:, 1::-1].T
     return np.asarray(first.clip(min=0) / second.clip(min=1e-6))
 
@@ -182,16 +209,16 @@ def judge(reference: Reference, encoder: Encoder, image: Image, shape: Mask, set
     """Whether a candidate, image (H, W, C) and shape (H, W), may be delivered, and if not, why.
 
     ``empty_shape``: there is no lesion; ``flat``: nothing is to be seen in it; ``copy``: it is much nearer to one real
-    case than to the next; ``too_far``: it is like none of them.
+    lesion than to the next; ``too_far``: it is like none of them.
     """
     crop = lesion_crop(image, shape, settings.context, settings.crop_px)
     similarities = _similarities(encoder(_batch([crop])), reference.embeddings)
-    ratio = float(_distance_ratios(similarities)[0])
-    ranked = np.argsort(-similarities[0], kind="stable")
-    nearest, second = similarities[0][ranked[:2]]
+    to_lesions = _by_lesion(similarities, reference.lesions)
+    ratio = float(_distance_ratios(to_lesions)[0])
+    second, nearest = np.sort(to_lesions[0])[-2:]
     scores = Scores(
         nearest_real=float(nearest),
-        nearest_sha256=reference.cases[ranked[0]],
+        nearest_sha256=reference.cases[int(similarities[0].argmax())],
         mean_real=float(similarities.mean()),
         margin=float(nearest - second),
         band=(reference.lowest, float(1 - reference.copy_ratio * (1 - second))),

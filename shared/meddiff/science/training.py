@@ -104,8 +104,8 @@ def train_segment(
 
     Gradients are clipped to norm 1; the average forgets with ``ema_decay``, faster in the first steps. Stopping and
     resuming from the returned state gives the same bits as going on. ``module`` holds the last weights afterwards.
-    Raises ``ValueError`` if ``stop_step`` lies beyond ``total`` and ``FloatingPointError`` if the loss is no longer
-    finite.
+    Raises ``ValueError`` if ``stop_step`` lies beyond ``total`` and ``FloatingPointError`` if the loss, or at the end a
+    weight, is no longer finite.
     """
     if stop_step > total:
         raise ValueError(f"stop_step {stop_step} lies beyond total {total}")
@@ -148,6 +148,8 @@ def train_segment(
         if accelerator.is_main_process:
             on_step(StepLog(step, total, value, rate, time.perf_counter() - started, _peak_memory(accelerator.device)))
 
+    if not all(bool(torch.isfinite(p).all()) for p in params.values()):
+        raise FloatingPointError(f"the weights after step {step} are not finite")
     moments = {
         n: optimizer.state[p] or dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like(p))
         for n, p in params.items()

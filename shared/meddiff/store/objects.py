@@ -27,6 +27,7 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 _PAGE = 1000
+_PART_BYTES = 64 * 2**20  # Few requests for a large file: of each that fails the file is sent again.
 _SIGNED_FOR = timedelta(hours=1)  # By this machine's clock, which may be slow.
 _MISSING = frozenset({"NoSuchKey", "NoSuchObject"})
 _CLIENT_ERRORS = (S3Error, ServerError, InvalidResponseError, urllib3.exceptions.HTTPError)
@@ -79,11 +80,12 @@ class ObjectStore:
         return other
 
     def _connect(self, settings: Settings, endpoint: str) -> Minio:
+        scheme, _, host = endpoint.rpartition("://")
         return Minio(
-            endpoint=endpoint,
+            endpoint=host,
             access_key=settings.s3_access_key.get_secret_value(),
             secret_key=settings.s3_secret_key.get_secret_value(),
-            secure=settings.s3_secure,
+            secure=scheme == "https" if scheme else settings.s3_secure,
             region=settings.s3_region,  # Named so that no client asks the store for it.
             http_client=self._http,
         )
@@ -216,7 +218,11 @@ class ObjectStore:
         """``put`` of a file of any size, in parts, without holding it in memory."""
         self._guard(
             lambda: self._client.fput_object(
-                bucket_name=self.bucket, object_name=key, file_path=str(path), content_type=content_type
+                bucket_name=self.bucket,
+                object_name=key,
+                file_path=str(path),
+                content_type=content_type,
+                part_size=_PART_BYTES,
             )
         )
 

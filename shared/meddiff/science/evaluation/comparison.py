@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 RESAMPLES = 10_000
 BLOCK = 1000  # Resamples that are in memory at once.
@@ -37,7 +38,9 @@ def gain(differences: Sequence[Paired], seed: int = 0, level: float = 0.95) -> G
     Three things are resampled: the draws, whose cases share what was trained on; in every draw its seeds, whose cases
     share the luck of a training; and, crossed with both, the groups of test cases (Owen and Eckles, Annals of Applied
     Statistics 2012), for images of one patient share the patient, and a case that several draws test is one case. The
-    deviations from the mean add up. Raises ``ValueError`` where there is no difference.
+    deviations from the mean add up, wider by Student's t of the groups over the normal quantile, for few groups show
+    less than how they spread (Hesterberg, The American Statistician 2015). No p-value lies below that of n groups which
+    all say the same, 2^(1-n). Raises ``ValueError`` where there is no difference.
     """
     if not differences or any(draw.values.size == 0 for draw in differences):
         raise ValueError("a gain needs at least one draw, and a case in each")
@@ -45,11 +48,17 @@ def gain(differences: Sequence[Paired], seed: int = 0, level: float = 0.95) -> G
     mean, of_draws = mean_of(differences), np.array([draw.values.mean() for draw in differences])
     between = of_draws[rng.integers(len(differences), size=(RESAMPLES, len(differences)))].mean(axis=1)
     within = np.concatenate([_resampled_means(differences, BLOCK, rng) for _ in range(0, RESAMPLES, BLOCK)])
-    means = between + within - mean
+    groups = len(np.unique(np.concatenate([draw.group_of for draw in differences])))
+    means = mean + _widening(groups) * (between + within - 2 * mean)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     beyond = min((means <= 0).mean(), (means >= 0).mean())
-    p = min(1.0, 2 * (beyond * RESAMPLES + 1) / (RESAMPLES + 1))
+    p = min(1.0, max(2 * (beyond * RESAMPLES + 1) / (RESAMPLES + 1), 2.0 ** (1 - groups)))
     return Gain(mean, float(low), float(high), float(p))
+
+
+def _widening(groups: int) -> float:
+    """Of one group nothing is known: its deviations, all zero, stay."""
+    return 1.0 if groups < 2 else float(stats.t.ppf(0.975, groups - 1) / stats.norm.ppf(0.975))
 
 
 def mean_of(differences: Sequence[Paired]) -> float:

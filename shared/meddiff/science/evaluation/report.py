@@ -171,10 +171,9 @@ def in_words(result: ArmResult, arm: Arm, trained_on: float) -> str:
         return f"{what} beside {real} make segmentation worse: {points}."
     if result.verdict == "adds nothing":
         return f"{what} add nothing to {real} that the runs can show: {points}."
-    worth = ""
-    if result.equivalents is not None:
-        more = round(result.equivalents.mean)
-        worth = f", worth {'at least' if result.at_least else 'about'} {more} more annotated cases"
+    worth, more = "", 0 if result.equivalents is None else round(result.equivalents.mean)
+    if more > 0:
+        worth = f", worth {'at least' if result.at_least else 'about'} {more} more annotated case{'s' * (more > 1)}"
     return f"{what} help beside {real}: {points}{worth}."
 
 
