@@ -208,10 +208,8 @@ def run(trial: Trial) -> None:
             nsd=tuple(round(one.nsd, 4) for one in figures),
             hd95=tuple(round(one.hd95, 4) for one in figures),
         )
-        with FileLock(trial.cache / "rows.lock"), trial.rows.open("a+b") as file:
-            if file.tell() and trial.rows.read_bytes()[-1:] != b"\n":  # A row that was cut off stays by itself.
-                file.write(b"\n")
-            file.write(one.model_dump_json().encode() + b"\n")
+        with FileLock(trial.cache / "rows.lock"):
+            append(trial.rows, one)
         where = f"{one.dataset} draw {one.draw} {one.arm} seed {one.seed}"
         print(f"{where}: {steps} steps, Dice {100 * np.mean(one.dice):.1f}, {one.seconds:.0f} s", flush=True)
 
@@ -408,6 +406,14 @@ def _stop_curve(trial: Trial, material: Material) -> dict[int, float]:
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
+
+
+def append(path: Path, one: Training) -> None:
+    """A line more; one that was cut off stays a line of its own."""
+    with path.open("a+b") as file:
+        if file.tell() and path.read_bytes()[-1:] != b"\n":
+            file.write(b"\n")
+        file.write(one.model_dump_json().encode() + b"\n")
 
 
 def read(path: Path) -> list[Training]:

@@ -94,6 +94,9 @@ def test_a_change_of_no_form_is_a_usage_error(meddiff: Command, gateway: Gateway
     result = meddiff("finetune", dataset_of(gateway), "--set", "steps")
     assert result.exit_code == 2
     assert "PART.FIELD=VALUE" in result.stderr
+    twice = meddiff("finetune", dataset_of(gateway), "--set", "finetuning=5", "--set", "finetuning.steps=3")
+    assert twice.exit_code == 2
+    assert "a value of its own" in twice.stderr
 
 
 @pytest.mark.parametrize(("status", "code"), [("succeeded", 0), ("incomplete", 1), ("failed", 1), ("cancelled", 1)])
@@ -204,11 +207,12 @@ def test_models(meddiff: Command, gateway: Gateway) -> None:
 
 
 def test_without_a_service_it_says_how_to_start_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "meddiff.cli", "models", "--url", "http://127.0.0.1:9"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert "meddiff up" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    for url, words in (("http://127.0.0.1:9", "meddiff up"), ("http://host:abc", "Invalid port")):
+        command = [sys.executable, "-m", "meddiff.cli", "models", "--url", url]
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert words in ended.stderr
+        assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("command", ["up", "demo"])

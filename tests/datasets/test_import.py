@@ -136,6 +136,10 @@ BAD = {
     "DICOM": (pairs() | {"images/x.dcm": b"x"}, [("images/x.dcm", "DICOM is not read")]),
     "NIfTI": (pairs() | {"x.nii.gz": b"x"}, [("x.nii.gz", "NIfTI is not read")]),
     "bad window": (pairs() | {"window.json": b'{"low": 9}'}, [("window.json", "expected")]),
+    "a lesion-free image that is a pair's": (
+        pairs(3) | {"backgrounds/9.png": pairs(3)["images/1.png"]},
+        [("images/1.png", "the same picture as backgrounds/9.png: one of the two says that it shows no lesion")],
+    ),
     "a lesion in normal": (
         {f"benign/benign ({n}){part}.png": data for n in (1, 2) for part, data in (("", photo(n)), ("_mask", mask()))}
         | {"normal/normal (1).png": photo(3), "normal/normal (1)_mask.png": mask()},
@@ -246,6 +250,16 @@ def test_importing_twice_is_the_same_dataset_and_the_first_stays(store: ObjectSt
     }
     assert imported(Folder(write_folder(other_names, tmp_path), tmp_path), store, "twice") == first
     assert list(store.children(tenant_root("twice", "datasets"))) == [first.id]
+
+
+def test_what_a_deletion_beside_the_import_took_comes_back_with_the_next(store: ObjectStore) -> None:
+    first = imported(pairs(), store, "mended")
+    keys = DatasetKeys("mended", first.id)
+    pictures = [keys.image("00000"), keys.mask("00001")]
+    before = [store.get(key) for key in pictures]
+    store.delete(pictures)
+    assert imported(pairs(), store, "mended") == first
+    assert [store.get(key) for key in pictures] == before
 
 
 def test_the_prompt_of_data_json_is_part_of_the_dataset(store: ObjectStore) -> None:

@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ class Bad:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+DEEP: dict[str, Any] = reduce(lambda deep, _: {"a": deep}, range(300), {})
 REQUESTS = {
     "an unknown URI scheme": Bad("/finetune", {"dataset_uri": "ftp://hospital/x"}, "/dataset_uri"),
     "a folder outside the root": Bad("/finetune", {"dataset_uri": "file:///etc"}, "/dataset_uri", 403),
@@ -171,6 +173,10 @@ REQUESTS = {
     "a recipe that the model cannot take": Bad(
         "/generate", {"model": "{model}", "count": 1, "recipe": {"finetuning": {"steps": 1}}}, "/recipe/finetuning"
     ),
+    "a recipe that is far too deep": Bad("/generate", {"model": "{model}", "count": 1, "recipe": DEEP}, "/recipe"),
+    "an evaluation of one training": Bad(
+        "/evaluate", {"dataset_uri": "{dataset}", "synthetic_job": "{job}", "seeds": 1}, "/seeds"
+    ),
     "another tenant's job": Bad(
         "/evaluate", {"dataset_uri": "{dataset}", "synthetic_job": "{other_job}"}, "/synthetic_job"
     ),
@@ -178,6 +184,9 @@ REQUESTS = {
     "one fold": Bad("/evaluate", {"dataset_uri": "{dataset}", "folds": 1}, "/folds"),
     "an unknown arm": Bad("/evaluate", {"dataset_uri": "{dataset}", "folds": 3, "arms": ["magic"]}, "/arms/0"),
     "metadata that is no text": Bad("/finetune", {"dataset_uri": "{dataset}", "metadata": {"a": {}}}, "/metadata/a"),
+    "an empty idempotency key": Bad(
+        "/finetune", {"dataset_uri": "{dataset}"}, "?idempotency-key", headers={"Idempotency-Key": ""}
+    ),
     "too long an idempotency key": Bad(
         "/finetune", {"dataset_uri": "{dataset}"}, "?idempotency-key", headers={"Idempotency-Key": "x" * 300}
     ),
@@ -193,6 +202,7 @@ def stored(gateway: Gateway) -> dict[str, str]:
         "bucket": gateway.settings.s3_bucket,
         "dataset": dataset.id,
         "model": put_model(gateway.store, gateway.tenant, dataset).id,
+        "job": put_generated(gateway.store, gateway.tenant).spec.id,
         "other_dataset": other.id,
         "other_model": put_model(gateway.store, ELSEWHERE, other).id,
         "other_job": put_generated(gateway.store, ELSEWHERE).spec.id,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,8 +22,9 @@ from jsonschema import Draft202012Validator
 from meddiff.embedded.servers import start_redis
 from meddiff.planning.observe import read_spec
 from meddiff.settings import Settings
+from meddiff.store.keys import JobKeys, ModelKeys
 from prometheus_client.parser import text_string_to_metric_families
-from stored import archive, put_dataset
+from stored import archive, put_dataset, put_generated, put_model
 
 THREADS = 40  # That answer requests, of a gateway.
 PROBLEM_FIELDS = {"type", "title", "status", "detail", "instance", "errors"}
@@ -64,19 +67,17 @@ def test_health_and_readiness(gateway: Gateway) -> None:
     assert gateway.http.get("/readyz").json() == {"status": "ok"}
 
 
-def test_readiness_follows_redis(gateway: Gateway, tmp_path: Path) -> None:
+def test_without_redis_jobs_are_accepted_and_told(gateway: Gateway, tmp_path: Path) -> None:
     redis = start_redis(tmp_path / "redis")
     settings = gateway.settings.model_copy(update={"redis_url": redis.url})
     with started(settings, tmp_path) as other:
         assert other.http.get("/readyz").status_code == 200
         redis.stop()
-        response = other.http.get("/readyz")
-        assert (response.status_code, response.json()["type"]) == (503, "urn:meddiff:problem:unavailable")
-        assert int(response.headers["retry-after"]) > 0
-        assert other.http.get("/healthz").status_code == 200
+        assert other.http.get("/readyz").status_code == 200
         dataset = put_dataset(gateway.store, gateway.tenant)
         accepted = other.http.post("/finetune", json={"dataset_uri": dataset.id})
         assert accepted.status_code == 202
+        assert accepted.json()["id"] in {job["id"] for job in other.http.get("/jobs").json()["jobs"]}
     assert gateway.http.get(accepted.headers["location"]).json()["status"] in ("queued", "validating")
 
 
@@ -105,6 +106,56 @@ def test_a_store_that_hangs_does_not_make_the_gateway_look_dead(gateway: Gateway
                 assert not any(one.done() for one in waiting)
                 silent.close()
             assert {one.result().status_code for one in waiting} == {503}
+
+
+def test_head_is_get_without_the_content(gateway: Gateway) -> None:
+    for path, status in (("/healthz", 200), ("/jobs", 200), ("/jobs/none", 404)):
+        answer = gateway.http.head(path)
+        assert (answer.status_code, answer.content) == (status, b"")
+
+
+def test_the_page_of_all_calls_needs_no_internet(gateway: Gateway) -> None:
+    page = gateway.http.get("/docs").text
+    addresses = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert addresses
+    assert all(gateway.http.get(address).status_code == 200 for address in addresses)
+    assert "//" not in "".join(addresses)
+    assert gateway.http.get("/redoc").status_code == 404
+
+
+def test_a_record_of_another_version_is_told_and_keeps_no_other_from_the_lists(gateway: Gateway) -> None:
+    made, other = (put_generated(gateway.store, gateway.tenant).spec for _ in range(2))
+    for key in (JobKeys(gateway.tenant, made.id).end, ModelKeys(gateway.tenant, made.model_id).card):
+        known = json.loads(gateway.store.get(key))
+        gateway.store.put(key, json.dumps(known | {"of_tomorrow": 1}).encode())
+    assert other.id in {job["id"] for job in gateway.http.get("/jobs").json()["jobs"]}
+    assert other.model_id in {model["id"] for model in gateway.http.get("/models").json()["models"]}
+    for ask in (gateway.http.get(f"/jobs/{made.id}"), gateway.http.delete(f"/datasets/{made.dataset_id}?derived=true")):
+        assert (ask.status_code, ask.json()["type"]) == (503, "urn:meddiff:problem:unavailable")
+        assert "another version" in ask.json()["detail"]
+    for key in (JobKeys(gateway.tenant, made.id).root, ModelKeys(gateway.tenant, made.model_id).root):
+        gateway.store.delete_prefix(f"{key}/")
+
+
+@pytest.mark.parametrize("path", ["/jobs", "/models", "/datasets"])
+@pytest.mark.parametrize("cursor", ["!!!", "%FF", "===="])
+def test_what_is_no_cursor_is_refused(gateway: Gateway, path: str, cursor: str) -> None:
+    answer = gateway.http.get(f"{path}?cursor={cursor}")
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "?cursor")
+
+
+def test_a_dataset_named_by_its_id_is_that_dataset(gateway: Gateway) -> None:
+    dataset = put_dataset(gateway.store, gateway.tenant)
+    answer = gateway.http.post("/datasets", json={"dataset_uri": dataset.id})
+    assert (answer.status_code, answer.json()["id"]) == (201, dataset.id)
+    assert gateway.http.post("/datasets", json={"dataset_uri": "ds_" + "9" * 32}).status_code == 404
+
+
+def test_a_name_may_hold_two_dots_and_its_model_goes(gateway: Gateway) -> None:
+    card = put_model(gateway.store, gateway.tenant, put_dataset(gateway.store, gateway.tenant), "skin..v2")
+    assert gateway.http.get("/models/skin..v2").json()["id"] == card.id
+    assert gateway.http.delete(f"/models/{card.id}").status_code == 204
+    assert gateway.http.get("/models/skin..v2").status_code == 404
 
 
 def test_metrics_count_requests_by_route(gateway: Gateway) -> None:

@@ -66,6 +66,7 @@ class Cluster:
             "MEDDIFF_SCRATCH": str(s.scratch),
             "MEDDIFF_LEASE_SECONDS": str(s.lease_seconds),
             "MEDDIFF_TASK_SECONDS": str(task_seconds),
+            "MEDDIFF_FAULT_PAUSE_SECONDS": "0.2",
             "TMPDIR": str(self._folder),  # What a killed worker leaves.
         }
         with (self._folder / f"worker{len(self.workers)}.log").open("wb") as out:

@@ -13,6 +13,7 @@ from meddiff.contracts.evaluation import REAL, Arm, CurvePoint, Interval, Mixing
 from meddiff.contracts.recipes import Evaluation
 from meddiff.science.evaluation import comparison, figures, report, segmenters, splits, training, trials
 from meddiff.science.geometry import Image, Mask
+from scipy import stats
 
 CPU = torch.device("cpu")
 
@@ -114,6 +115,16 @@ def test_a_case_that_several_draws_test_counts_once() -> None:
     assert (often.low, often.high) == pytest.approx((alone.low, alone.high), abs=0.02)
     apart = gained(*(cases for _ in range(4)))
     assert apart.high - apart.low == pytest.approx((alone.high - alone.low) / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("groups", [4, 8])
+def test_a_few_cases_show_no_more_than_a_few_cases_can(groups: int) -> None:
+    """The interval is about that of Student's t; and no test of n cases has a p-value below 2^(1-n)."""
+    values = np.random.default_rng(3).normal(0.3, 1, (1, groups))
+    found = gained(values)
+    error = stats.sem(values[0]) * stats.t.ppf(0.975, groups - 1)
+    assert found.high - found.low == pytest.approx(2 * error, rel=0.2)
+    assert gained(np.linspace(0.9, 1.1, groups)[None]).p == 2.0 ** (1 - groups)
 
 
 def test_many_folds_of_a_case_each_have_an_interval() -> None:

@@ -133,3 +133,6 @@ def test_a_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     line = trained("real", 0.8).model_dump_json()
     (tmp_path / "rows.jsonl").write_text(f"{line}\n{line[:100]}")
     assert utility.read(tmp_path / "rows.jsonl") == [trained("real", 0.8)]
+    utility.append(tmp_path / "rows.jsonl", trained("synthetic", 0.9))
+    utility.append(tmp_path / "rows.jsonl", trained("synthetic", 0.7))
+    assert [row.arm for row in utility.read(tmp_path / "rows.jsonl")] == ["real", "synthetic", "synthetic"]

@@ -104,6 +104,15 @@ def test_resized_mask_keeps_its_share_of_the_picture() -> None:
         assert geometry.resize_mask(mask, size).mean() == pytest.approx(mask.mean(), rel=0.03)
 
 
+def test_a_mask_of_a_few_pixels_does_not_vanish() -> None:
+    mask = np.zeros((300, 300), np.bool_)
+    assert not geometry.resize_mask(mask, (64, 64)).any()
+    mask[200, 100] = True
+    small = geometry.resize_mask(mask, (64, 64))
+    assert 1 <= small.sum() <= 4
+    assert small[200 * 64 // 300, 100 * 64 // 300]
+
+
 @pytest.mark.parametrize(
     "window", [Window(top=3, left=5, side=20), Window(top=-7, left=-2, side=44), Window(top=10, left=-4, side=25)]
 )

@@ -227,6 +227,15 @@ def test_the_geometric_family_stays_near_the_masks_and_varies(count: int) -> Non
     assert all(count_components(shape) == 1 for shape in shapes)
 
 
+@pytest.mark.parametrize(("side", "row", "radius"), [(256, 250, 14), (256, 128, 14), (1024, 500, 1.5), (512, 508, 3)])
+def test_geometric_shapes_of_cut_and_of_tiny_lesions_have_their_size(side: int, row: int, radius: float) -> None:
+    masks = [ellipse(side, side, row, 60 + 40 * n, radius, radius) for n in range(5)]
+    areas = [mask.mean() for mask in masks]
+    shapes = [geometric(masks, seed) for seed in range(60)]
+    assert all(min(areas) / 2 < shape.mean() < max(areas) * 2 for shape in shapes)
+    assert np.median([shape.mean() for shape in shapes]) == pytest.approx(np.median(areas), rel=0.3)
+
+
 def test_a_geometric_shape_is_the_same_for_the_same_seed_and_needs_a_mask() -> None:
     assert (geometric(MASKS, 5) == geometric(MASKS, 5)).all()
     with pytest.raises(ValueError, match="at least one"):

@@ -135,6 +135,7 @@ def test_a_reference_goes_through_its_bytes_unchanged() -> None:
     again = quality.Reference.from_bytes(reference.to_bytes())
     assert torch.equal(again.embeddings, reference.embeddings)
     assert (again.cases, again.lowest, again.copy_ratio) == (reference.cases, reference.lowest, reference.copy_ratio)
+    assert again.lesions == reference.lesions == tuple(range(12))
     assert again.to_bytes() == reference.to_bytes()
     assert reference.summary()["cases"] == 12
 
@@ -144,6 +145,25 @@ def test_two_cases_are_enough_to_know_a_copy_and_one_is_not() -> None:
     assert quality.judge(reference, COARSE, *lesion(1), SETTINGS).reason == "copy"
     with pytest.raises(ValueError, match="at least two"):
         calibrated(1)
+
+
+def test_a_lesion_that_is_there_twice_switches_no_gate_off() -> None:
+    """As a second frame of it, or the same picture stored with loss."""
+    pairs = [lesion(seed) for seed in range(12)]
+    image, mask = pairs[4]
+    noise = np.random.default_rng(0).normal(0, 1.5, image.shape)
+    pairs.append((np.clip(image + noise, 0, 255).astype(np.uint8), mask))
+    crops = [quality.lesion_crop(*pair, SETTINGS.context, SETTINGS.crop_px) for pair in pairs]
+    reference = quality.calibrate(COARSE, crops, [f"{n:064x}" for n in range(13)], SETTINGS)
+    assert reference.summary()["lesions"] == 12
+    assert reference.lesions[12] == reference.lesions[4]
+    alone = calibrated()
+    assert reference.copy_ratio == pytest.approx(alone.copy_ratio, rel=0.1)
+    assert reference.lowest == pytest.approx(alone.lowest, abs=0.05)
+    for seed in (4, 7):
+        assert quality.judge(reference, COARSE, *lesion(seed), SETTINGS).reason == "copy"
+    with pytest.raises(ValueError, match="at least two"):
+        quality.calibrate(COARSE, [crops[4], crops[12]], ["a" * 64, "b" * 64], SETTINGS)
 
 
 # --------------------------------------------------------------------------------------------------------- real data

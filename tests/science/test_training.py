@@ -130,6 +130,22 @@ def test_a_loss_that_is_not_finite_ends_the_training() -> None:
         )
 
 
+def test_weights_that_the_last_step_spoils_are_not_returned() -> None:
+    """Its loss is finite, and only its gradient is not."""
+    with pytest.raises(FloatingPointError, match="weights after step 1"):
+        train_segment(
+            network(),
+            lambda module, step, accelerator: module(torch.zeros(1, 3)).abs().clamp(min=0).mul(0).sqrt().sum(),
+            None,
+            total=1,
+            stop_step=1,
+            learning_rate=lambda step: 0.1,
+            ema_decay=0.0,
+            on_step=lambda entry: None,
+            should_stop=lambda: False,
+        )
+
+
 def test_a_segment_beyond_the_end_is_refused() -> None:
     with pytest.raises(ValueError, match="beyond"):
         trained(None, TOTAL + 1)

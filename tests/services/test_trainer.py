@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,16 +13,21 @@ from diffusers import UNet2DConditionModel
 from meddiff import phantoms
 from meddiff.contracts.ids import model_id_of
 from meddiff.contracts.jobs import End, FinetuneSpec
+from meddiff.contracts.models import ModelCard
 from meddiff.contracts.recipes import CPU, override
 from meddiff.contracts.requests import FinetuneRequest
-from meddiff.contracts.tasks import Stage, Task
+from meddiff.contracts.tasks import NOT_GIVEN, Marker, Stage, Task, TaskFault
 from meddiff.planning.dispatch import submit
 from meddiff.science import foundation
 from meddiff.settings import Settings
 from meddiff.store.keys import JobKeys, ModelKeys, model_name
-from meddiff.store.objects import ObjectStore
+from meddiff.store.objects import ObjectStore, StoreUnavailable
+from meddiff_services import worker as workers
 from meddiff_services.trainer import tasks
 from meddiff_services.worker import Result, Worker
+
+sys.path.append(str(Path(__file__).parents[1] / "gateway"))
+from stored import put_dataset, put_model
 
 JOB = "0197f000-0000-7000-8000-000000000001"
 KEYS = JobKeys("local", JOB)
@@ -51,6 +58,13 @@ def submitted(store: ObjectStore, folder: Path, source: str = "builtin") -> None
     submit(store, spec)
 
 
+def trained(settings: Settings, store: ObjectStore, folder: Path) -> None:
+    """All but published."""
+    submitted(store, folder)
+    assert run(settings, "quality_scorer", "import", "calibrate") == ["done", "done"]
+    assert run(settings, "trainer", "cache", "inpainter") == ["done", "done"]
+
+
 def run(settings: Settings, service: str, *stages: Stage) -> list[Result]:
     worker = Worker(settings, f"meddiff_services.{service}.tasks", "test", lambda task: None)
     return [worker.run(Task(tenant="local", job_id=JOB, stage=stage)) for stage in stages]
@@ -74,9 +88,7 @@ def test_a_foundation_that_sees_no_mask_is_refused_before_it_trains(
 def test_a_fine_tune_cancelled_at_its_end_takes_no_name(
     settings: Settings, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submitted(store, tmp_path / "phantoms")
-    assert run(settings, "quality_scorer", "import", "calibrate") == ["done", "done"]
-    assert run(settings, "trainer", "cache", "inpainter") == ["done", "done"]
+    trained(settings, store, tmp_path / "phantoms")
 
     def cancelled(_: object) -> dict[str, float]:
         store.put(KEYS.cancel, b"{}")
@@ -86,3 +98,81 @@ def test_a_fine_tune_cancelled_at_its_end_takes_no_name(
     assert run(settings, "trainer", "publish") == ["stopped"]
     assert not store.exists(ModelKeys("local", model_id_of(JOB)).card)
     assert not store.exists(model_name("local", "naevi"))
+
+
+def test_a_name_stays_with_the_model_of_the_later_request(
+    settings: Settings, store: ObjectStore, tmp_path: Path
+) -> None:
+    trained(settings, store, tmp_path / "phantoms")
+    dataset = put_dataset(store, "local")
+    later, earlier = put_model(store, "local", dataset, "naevi"), put_model(store, "local", dataset)
+    earlier = earlier.model_copy(update={"job_id": "0196f000-0000-7000-8000-000000000000"})
+    store.put_json(ModelKeys("local", earlier.id).card, earlier)
+    for holder, expected in (
+        (later.id, later.id),
+        (earlier.id, model_id_of(JOB)),
+        ("md_" + "0" * 32, model_id_of(JOB)),
+    ):
+        store.put(model_name("local", "naevi"), json.dumps({"model_id": holder}).encode())
+        store.delete([KEYS.done("publish", 0), KEYS.end])
+        assert run(settings, "trainer", "publish") == ["done"]
+        assert json.loads(store.get(model_name("local", "naevi")))["model_id"] == expected
+    card = store.get_json(ModelKeys("local", model_id_of(JOB)).card, ModelCard)
+    assert {"torch", "numpy", "device"} <= set(card.fingerprint)
+
+
+def test_a_segment_whose_end_was_not_told_is_not_trained_again(
+    settings: Settings, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(settings, store, tmp_path / "phantoms")
+    told = store.get_json(KEYS.done("inpainter", 0), Marker).output
+    store.delete([KEYS.done("inpainter", 0)])
+    monkeypatch.setattr(tasks.metrics.TRAINING_STEPS, "labels", lambda part: pytest.fail(f"{part} trains"))
+    assert run(settings, "trainer", "inpainter") == ["done"]
+    assert store.get_json(KEYS.done("inpainter", 0), Marker).output == told
+
+
+def test_an_input_that_the_store_does_not_give_is_a_fault_of_its_own(
+    settings: Settings, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(settings, store, tmp_path / "phantoms")
+
+    def withheld(*_: object) -> None:
+        raise StoreUnavailable("SlowDownRead")
+
+    monkeypatch.setattr(tasks, "load_dataset", withheld)
+    assert run(settings, "trainer", "publish") == ["fault"]
+    (fault,) = store.list(KEYS.faults("publish", 0))
+    assert store.get_json(fault, TaskFault).error == NOT_GIVEN
+
+
+def test_a_store_that_is_away_for_a_while_ends_no_training(
+    settings: Settings, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted(store, tmp_path / "phantoms")
+    assert run(settings, "quality_scorer", "import") == ["done"]
+    assert run(settings, "trainer", "cache") == ["done"]
+    asked: list[object] = []
+
+    def away(of: ObjectStore, prefix: str) -> tuple[str, ...]:
+        asked.append(prefix)
+        if prefix == f"{KEYS.root}/":
+            raise StoreUnavailable("gone")
+        return children(of, prefix)
+
+    children = ObjectStore.children
+    monkeypatch.setattr(workers, "STOP_CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(workers, "advance", lambda *_, **__: None)
+    monkeypatch.setattr(ObjectStore, "children", away)
+    assert run(settings, "trainer", "inpainter") == ["done"]
+    assert f"{KEYS.root}/" in asked
+
+
+def test_a_record_that_cannot_be_read_tells_nothing_of_what_it_holds(
+    settings: Settings, store: ObjectStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.put(KEYS.spec, b'{"kind": "finetune", "of_tomorrow": "Jane Doe"}')
+    assert run(settings, "trainer", "cache") == ["unavailable"]
+    told = capsys.readouterr()
+    assert "left to be sent again" in told.out + told.err
+    assert "Jane" not in told.out + told.err

@@ -14,6 +14,7 @@ from meddiff.contracts.problems import Fault
 from meddiff.contracts.problems import problem as problem_of
 from meddiff.contracts.requests import FinetuneRequest
 from meddiff.housekeeping import Verified, fsck, orphans, tidy
+from meddiff.planning import removal
 from meddiff.planning.dispatch import active_jobs, submit
 from meddiff.store.keys import DatasetKeys, JobKeys, ModelKeys, active, idempotency, model_name
 from meddiff.store.objects import ObjectStore
@@ -104,6 +105,15 @@ def test_candidates_beyond_the_last_one_needed_are_orphans(store: ObjectStore, m
     assert found(store) == {"orphan": {surplus}}
     assert tidy(store, datetime.now(UTC)) == 1
     assert not store.exists(surplus)
+
+
+def test_pictures_that_come_after_their_job_was_cleared_go(store: ObjectStore, made: Generated) -> None:
+    removal.clear_job(store, "local", made.spec.id)
+    late = JobKeys("local", made.spec.id).candidate(0, "image")
+    store.put(late, b"pixels")
+    assert found(store)["orphan"] == {late}
+    assert tidy(store, datetime.now(UTC)) == 1
+    assert not store.exists(late)
 
 
 def test_what_a_training_needed_goes_once_it_has_succeeded(store: ObjectStore, trained: FinetuneSpec) -> None:

@@ -120,7 +120,7 @@ def test_delete_is_idempotent_and_spares_the_rest(store: ObjectStore) -> None:
 
 
 def test_files_in_several_parts(store: ObjectStore, tmp_path: Path) -> None:
-    data = bytes(range(256)) * 4096 * 12  # 12 MiB, more than two parts
+    data = bytes(range(256)) * 4096 * 130  # 130 MiB, more than two parts
     (tmp_path / "out").write_bytes(data)
     store.upload_file("big", tmp_path / "out")
     with ThreadPoolExecutor(4) as pool:
@@ -140,6 +140,8 @@ def test_a_presigned_link_reads_without_credentials(store: ObjectStore) -> None:
 def test_presigned_links_name_the_public_endpoint(settings: Settings) -> None:
     public = settings.model_copy(update={"s3_public_endpoint": "s3.example.org"})
     assert ObjectStore.from_settings(public).presigned_get("a/b").startswith("http://s3.example.org/")
+    outside = settings.model_copy(update={"s3_public_endpoint": "https://s3.example.org"})
+    assert ObjectStore.from_settings(outside).presigned_get("a/b").startswith("https://s3.example.org/")
 
 
 def test_another_bucket(store: ObjectStore) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticSerializationError, to_json
 
 from meddiff.contracts.base import Contract, DatasetId, JobId, Name, Sha256
 from meddiff.contracts.evaluation import ComparedArm, Mixing
@@ -92,8 +92,8 @@ class GenerateRequest(Contract):
     def _json(cls, changes: dict[str, Any]) -> dict[str, Any]:
         """What it changes is judged with the model's recipe; here, that it can be written down."""
         try:
-            json.dumps(changes, ensure_ascii=False).encode()
-        except (ValueError, RecursionError):
+            to_json([[[[changes]]]])  # As deep as it will lie in the job's record, and deeper.
+        except PydanticSerializationError:
             raise ValueError("nested too deeply, or text that is not Unicode") from None
         return changes
 

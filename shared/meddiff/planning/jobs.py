@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 
 import redis
+from pydantic import ValidationError
 
 from meddiff.contracts.jobs import End, EvaluateSpec, GenerateSpec, Job, Spec
 from meddiff.contracts.tasks import Marker, Queue, Stage
@@ -154,6 +155,6 @@ def _started_at(store: ObjectStore, spec: Spec) -> datetime | None:
     try:
         marker: Marker = read_marker(store, spec.tenant, spec.id, first, 0)
         written = store.modified(JobKeys(spec.tenant, spec.id).done(first, 0))
-    except NotFound:
+    except (NotFound, ValidationError):
         return None
     return max(spec.created_at, written - timedelta(seconds=marker.seconds))
