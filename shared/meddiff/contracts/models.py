@@ -12,7 +12,8 @@ from meddiff.contracts.recipes import Recipe
 
 class ModelCard(Stored):
     """``model.json``, written last: the model exists once it is there. ``training`` holds final losses and speeds,
-    ``quality`` the calibrated similarity band, ``backgrounds`` how many lesion-free images were kept with it."""
+    ``quality`` the calibrated similarity band (``lesions`` fewer than ``cases`` where some show the same one),
+    ``backgrounds`` how many lesion-free images its dataset has; ``fingerprint`` is of the tasks that made it."""
 
     id: ModelId
     name: str | None = None

@@ -100,7 +100,8 @@ class Quality(Contract):
 
     ``far_quantile``: a candidate less similar to its nearest real crop than this quantile of real-to-real similarity
     is too far; ``copy_quantile``: one that is nearer than this quantile of what real crops have to themselves under
-    small changes is a copy; ``max_shape_iou``: two shapes of a manifest may not overlap more."""
+    small changes is a copy; ``max_shape_iou``: two shapes of a manifest may not overlap more, unless the caller gave
+    them."""
 
     encoder: Literal["dinov2", "efficientnet-lite0"] = "efficientnet-lite0"
     encoder_source: str = Field("builtin", max_length=512)

@@ -35,6 +35,7 @@ LIT = (20, -20)  # Grey levels.
 SAFETY = 0.85  # A low quantile of thirty ratios is uncertain; new real cases must not pass for copies.
 LEAST_SPREAD = 0.15  # Of log distances: a handful of cases may lie equally far from each other by chance.
 ALIKE_QUANTILE = 0.1
+NEW_REAL = 0.01  # Of new real lesions so many may pass for copies.
 CORNERS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 
 Similarities = NDArray[np.float64]
@@ -117,8 +118,8 @@ def calibrate(encoder: Encoder, crops: Sequence[Image], cases: Sequence[str], se
     frames, or a picture stored twice. The band comes from real-to-real, each lesion
     against the others. ``lowest``: a new real case would be farther from its nearest with probability
     ``far_quantile``. ``copy_ratio`` lies half way (in logarithm) between the 1 - ``copy_quantile`` quantile of what
-    crops have to themselves after a small change and the ``far_quantile`` of what distinct lesions have to each other,
-    and always below the latter.
+    crops have to themselves after a small change and the ``NEW_REAL`` quantile of what distinct lesions have to each
+    other, and always below the latter.
     Raises ``ValueError`` for crops of fewer than two lesions.
     """
     views = torch.stack([encoder(_batch(_views(crop))) for crop in crops])
@@ -133,7 +134,7 @@ def calibrate(encoder: Encoder, crops: Sequence[Image], cases: Sequence[str], se
     to_itself = np.quantile(_distance_ratios(_by_lesion(changed, lesions)), 1 - settings.copy_quantile)
     among[lesions[:, None] == lesions] = -1.0
     to_lesions = _by_lesion(among, lesions)
-    to_others = np.quantile(_distance_ratios(to_lesions), settings.far_quantile) if count > 2 else 1.0
+    to_others = np.quantile(_distance_ratios(to_lesions), NEW_REAL) if count > 2 else 1.0
     copy_ratio = min(SAFETY * to_others, np.sqrt(to_itself * to_others))
     nearest = _by_lesion(to_lesions.max(axis=1)[None], lesions)[0]
     lowest = 1 - _farthest(1 - nearest, settings.far_quantile)
