@@ -39,8 +39,8 @@ MATCHED = (
     "a seed on a card is a run of its own. "
     "The cases are not those that the recipe was chosen by; yet former recipes were measured on them as "
     "well, which makes small p a little too small.\n\n"
-    "Of `synthetic` and `copy-paste` at 30 real cases, the rows of PH2, DDTI, ISIC-2018 and two draws of ISIC-2017 were "
-    "made with a first version of how shapes are told their size, which draws a few of them otherwise "
+    "Of `synthetic` and `copy-paste` at 30 real cases, the rows of PH2, DDTI, ISIC-2018 and two draws of ISIC-2017 "
+    "were made with a first version of how shapes are told their size, which draws a few of them otherwise "
     "([decisions/0021](decisions/0021-shapes-have-sizes.md))."
 )
 DEFAULT = "synthetic"
