@@ -17,6 +17,7 @@ SHAPES = (  # Draws, seeds, cases, pool of cases, spread between draws, spread b
     (1, 2, 6, 6, 0.0, 1.0),
     (1, 2, 30, 30, 0.0, 2.0),
     (1, 2, 100, 100, 0.0, 1.0),
+    (1, 4, 100, 100, 0.5, 1.0),  # The spread between draws cannot show in one: the interval is of this draw alone.
     (1, 3, 39, 39, 0.0, 1.5),
     (1, 4, 40, 40, 0.0, 1.0),
     (3, 4, 15, 1000, 0.5, 1.5),

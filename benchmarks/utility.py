@@ -493,6 +493,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stop", type=int, help="steps of every arm, in place of a choice by inner folds")
     parser.add_argument("--hours", type=float, default=1.0, help="no new trial begins after that")
     parser.add_argument("--rows", type=Path, default=Path("docs/experiments/rows.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="the folder of the page, experiments.md")
     parser.add_argument("--cache", type=Path, default=Path("out/utility"))
     parser.add_argument("--segmenter", default=EVALUATION.segmenter)
     parser.add_argument("--train", type=int, default=30)
@@ -504,7 +505,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.factor = arguments.factor or [1.0]
     arguments.rows.parent.mkdir(parents=True, exist_ok=True)
     arguments.cache.mkdir(parents=True, exist_ok=True)
-    record(arguments)
+    from benchmarks import experiments  # Which reads the rows as this module writes them.
+
+    try:
+        record(arguments)
+    finally:
+        if arguments.rows.exists():
+            experiments.write(read(arguments.rows), arguments.out)
 
 
 if __name__ == "__main__":

@@ -71,10 +71,11 @@ def fingerprint(recipe: Recipe, settings: Settings) -> dict[str, str]:
 
 
 def merged_fingerprint(markers: Iterable[Marker]) -> dict[str, str]:
-    """The fingerprints of the tasks that left the markers; where several differ, all of their values."""
-    found = [one for marker in markers if (one := marker.output.get("fingerprint")) is not None]
-    names = dict.fromkeys(name for one in found for name in one)
-    return {name: " | ".join(sorted({one[name] for one in found if name in one})) for name in names}
+    """The fingerprints of the workers that ended the tasks; where several differ, all of their values. What a former
+    version did not tell is ``unknown``."""
+    found: list[dict[str, str]] = [marker.output.get("fingerprint", {}) for marker in markers]
+    names = dict.fromkeys(name for one in [{"meddiff": ""}, *found] for name in one)
+    return {name: " | ".join(sorted({one.get(name, "unknown") for one in found})) for name in names}
 
 
 def fetch_folder(store: ObjectStore, prefix: str, folder: Path, last: str) -> Path:

@@ -31,7 +31,7 @@ from kombu.exceptions import OperationalError
 from meddiff import metrics
 from meddiff.contracts.jobs import Spec
 from meddiff.contracts.problems import ProblemError
-from meddiff.contracts.tasks import KILLED, NOT_GIVEN, Marker, Queue, Stage, Task, TaskFault
+from meddiff.contracts.tasks import KILLED, Marker, Queue, Stage, Task, TaskFault
 from meddiff.planning.dispatch import SOON, advance, fill, finish
 from meddiff.planning.leases import Leases, Live
 from meddiff.planning.observe import read_marker, read_spec
@@ -50,7 +50,8 @@ READY_CHECK_SECONDS = 0.1
 REPORT_SECONDS = 1.0
 STOP_CHECK_SECONDS = 1.0
 KEPT_MODELS = 4
-LONGEST_PAUSE = 300.0  # Seconds before a task that failed is sent again.
+LONGEST_PAUSE = 300.0  # Seconds before a task that failed is sent again,
+STORE_PAUSE = 60.0  # or one that the store did not let work.
 
 Result = Literal["done", "dropped", "stopped", "failed", "fault", "unavailable"]
 
@@ -69,7 +70,7 @@ class Stopped(Exception):
 @dataclass(frozen=True)
 class Outcome:
     """What a stage did: ``units`` (steps, candidates, cases) for the speed, and ``output`` for the marker, a function
-    of the job's spec alone."""
+    of the job's spec and the fingerprint alone."""
 
     units: int
     output: Mapping[str, Any] = field(default_factory=dict)
@@ -154,9 +155,12 @@ class Work:
         if not self._ended and now - self._checked >= STOP_CHECK_SECONDS:
             self._checked = now
             with suppress(StoreUnavailable):  # To work on it need not be there.
-                present = self.store.children(f"{self.keys.root}/")
-                self._ended = "end.json" in present or "cancel.json" in present
+                self._look()
         return self._ended
+
+    def _look(self) -> None:
+        present = self.store.children(f"{self.keys.root}/")
+        self._ended = "end.json" in present or "cancel.json" in present
 
     def raise_if_stopped(self) -> None:
         """Raises ``Stopped`` where ``should_stop``."""
@@ -165,7 +169,7 @@ class Work:
 
     def raise_if_ended(self) -> None:
         """``raise_if_stopped`` that asks the store now: before something becomes visible to others."""
-        self._checked = float("-inf")
+        self._look()
         self.raise_if_stopped()
 
 
@@ -321,8 +325,9 @@ class Worker:
             finish(self.store, spec, Ending("failed", problem=error.problem))
             return "failed"
         except StoreUnavailable:
-            self.store.ping()
-            self._put_fault(task, NOT_GIVEN)  # The store is there, and does not give one object.
+            self.store.ping()  # It is there, and does not give or take one object: that is no fault of the task's.
+            log.error("task failed", error="the store, which answers, did not give or take an object")
+            self.leases.pause(task, STORE_PAUSE)
             return "fault"
         except RedisError:
             raise

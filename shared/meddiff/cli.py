@@ -158,7 +158,12 @@ def evaluate(
     train: Annotated[int | None, typer.Option(help="Cases that train in each draw; else the recipe's.")] = None,
     test: Annotated[str | None, typer.Option(help="A dataset to test on, where the pairs are given.")] = None,
     pairs: Annotated[list[int] | None, typer.Option(help="Synthetic pairs to train with; repeatable.")] = None,
+    arms: Annotated[
+        list[str] | None, typer.Option("--arm", help="synthetic, copy-paste or oracle; repeatable, else all.")
+    ] = None,
+    mixing: Annotated[list[str] | None, typer.Option(help="joint, falling or pretrain; repeatable.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Segmenters of each arm and split.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of splits, pairs and segmenters.")] = 0,
     recipe: Annotated[str, typer.Option(help="paper, gpu or cpu.")] = DEFAULT_RECIPE.name,
     changes: Changes = None,
     page: Annotated[Path | None, typer.Option(help="Write the report there, as one HTML page.")] = None,
@@ -169,10 +174,9 @@ def evaluate(
     """Find out what synthetic pairs are worth: Dice with and without them, on cases that had no part in making them."""
     choices: dict[str, Any] = {
         "model": model, "synthetic_job": synthetic_job, "folds": folds, "draws": draws,
-        "train": train, "seeds": seeds, "recipe": {"name": recipe, "override": _override(changes)},
+        "train": train, "seeds": seeds, "seed": seed, "recipe": {"name": recipe, "override": _override(changes)},
     }  # fmt: skip
-    if pairs:
-        choices["synthetic"] = pairs
+    choices |= {name: given for name, given in (("synthetic", pairs), ("arms", arms), ("mixing", mixing)) if given}
     with _client(url) as client:
         EvaluateRequest(dataset_uri=dataset, test_uri=test, **choices)  # Its faults, before anything is imported.
         named = [one for one in (dataset, test) if one is not None]

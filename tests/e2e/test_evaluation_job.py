@@ -196,3 +196,13 @@ def _plant(dataset: Path, digest: str, folder: Path, brighter: int) -> None:
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"zz{image.suffix}")
     mask = next((dataset / "masks").glob(f"{image.stem}*"))
     shutil.copy(mask, folder / "masks" / f"zz{mask.suffix}")
+
+
+def test_the_dataset_named_twice_tests_on_its_other_cases(service: Service, dataset: Path, made: Job) -> None:
+    """And on none of the model's own, nor of their patients: it is one dataset."""
+    client = service.client
+    imported = client.upload(dataset).id
+    job = client.evaluate(imported, synthetic_job=made.id, synthetic=(4,), test_uri=imported, seeds=2)
+    service.until(job.id, lambda job: job.stage not in (None, "import", "split"))
+    client.cancel(job.id)
+    assert client.wait(job.id).status == "cancelled"

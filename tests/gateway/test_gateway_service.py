@@ -109,9 +109,10 @@ def test_a_store_that_hangs_does_not_make_the_gateway_look_dead(gateway: Gateway
 
 
 def test_head_is_get_without_the_content(gateway: Gateway) -> None:
-    for path, status in (("/healthz", 200), ("/jobs", 200), ("/jobs/none", 404)):
+    for path, status in (("/healthz", 200), ("/jobs", 200), ("/jobs/none", 404), ("/jobs/none/events", 405)):
         answer = gateway.http.head(path)
         assert (answer.status_code, answer.content) == (status, b"")
+    assert 'method="HEAD",route="/healthz"' in gateway.http.get("/metrics").text
 
 
 def test_the_page_of_all_calls_needs_no_internet(gateway: Gateway) -> None:

@@ -16,8 +16,9 @@ from meddiff.contracts.jobs import End, FinetuneSpec
 from meddiff.contracts.models import ModelCard
 from meddiff.contracts.recipes import CPU, override
 from meddiff.contracts.requests import FinetuneRequest
-from meddiff.contracts.tasks import NOT_GIVEN, Marker, Stage, Task, TaskFault
+from meddiff.contracts.tasks import Marker, Stage, Task
 from meddiff.planning.dispatch import submit
+from meddiff.planning.leases import Leases
 from meddiff.science import foundation
 from meddiff.settings import Settings
 from meddiff.store.keys import JobKeys, ModelKeys, model_name
@@ -132,7 +133,7 @@ def test_a_segment_whose_end_was_not_told_is_not_trained_again(
     assert store.get_json(KEYS.done("inpainter", 0), Marker).output == told
 
 
-def test_an_input_that_the_store_does_not_give_is_a_fault_of_its_own(
+def test_what_the_store_does_not_give_is_asked_for_again_later_and_is_no_fault(
     settings: Settings, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(settings, store, tmp_path / "phantoms")
@@ -142,8 +143,9 @@ def test_an_input_that_the_store_does_not_give_is_a_fault_of_its_own(
 
     monkeypatch.setattr(tasks, "load_dataset", withheld)
     assert run(settings, "trainer", "publish") == ["fault"]
-    (fault,) = store.list(KEYS.faults("publish", 0))
-    assert store.get_json(fault, TaskFault).error == NOT_GIVEN
+    assert not any(store.list(KEYS.faults("publish", 0)))
+    leases = Leases.connect(settings.redis_url, 60)
+    assert leases.reserve([Task(tenant="local", job_id=JOB, stage="publish")]) == (None, False)
 
 
 def test_a_store_that_is_away_for_a_while_ends_no_training(

@@ -61,7 +61,12 @@ class HeadAsGet:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
+        if scope.get("method") != "HEAD" or scope["path"].endswith("/events"):  # A stream has no end to wait for.
+            await self._app(scope, receive, send)
+            return
+        asked = {**scope, "method": "GET"}
+        await self._app(asked, receive, send)
+        scope["route"] = asked.get("route")
 
 
 async def dataset_source(request: Request, admitted: Here) -> AsyncIterator[str | IO[bytes]]:

@@ -21,6 +21,7 @@ from meddiff.importing import (
 )
 from meddiff.planning.removal import remove_dataset
 from meddiff.store.keys import tenant_root
+from pydantic import ValidationError
 
 from meddiff_services.gateway.access import Here
 from meddiff_services.gateway.backends import Backends
@@ -97,7 +98,7 @@ def delete_dataset(dataset_id: str, here: Here, derived: Derived = False) -> Non
 
 def _summaries(here: Backends, ids: Iterable[str]) -> Iterator[DatasetSummary]:
     for dataset_id in ids:
-        with suppress(ProblemError):
+        with suppress(ProblemError, ValidationError):
             yield load_dataset(here.store, here.tenant, dataset_id).summary()
 
 

@@ -22,7 +22,7 @@ from meddiff.planning.jobs import read_job
 from meddiff.planning.leases import Leases
 from meddiff.planning.observe import read_spec
 from meddiff.store.keys import JobKeys, job_of_newest, newest, newest_root
-from meddiff.store.objects import NotFound
+from meddiff.store.objects import NotFound, StoreError
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 
@@ -233,16 +233,20 @@ def _read(here: Backends, job_id: str) -> Told:
 
 
 def _read_all(here: Backends, specs: Iterable[Spec]) -> Iterator[Job]:
-    """The jobs as they stand; one with a record that this version cannot read is left out. Where Redis is away it is
-    asked once, not for every job."""
+    """The jobs as they stand; one with a record that is damaged, or that the store, which answers, does not give, is
+    left out. Where Redis is away it is asked once, not for every job."""
     leases: Leases | None = here.leases
     try:
         here.leases.client.ping()
     except RedisError:
         leases = None
     for spec in specs:
-        with suppress(ValidationError):
+        try:
             yield read_job(here.store, leases, spec.tenant, spec.id)
+        except StoreError:
+            here.store.ping()
+        except (ValidationError, NotFound):
+            continue
 
 
 def _id_of(job: Job) -> str:

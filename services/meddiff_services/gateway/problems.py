@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from kombu.exceptions import OperationalError
 from meddiff.contracts.problems import STATUS, TITLE, Fault, Problem, ProblemError, ProblemSlug, problem
-from meddiff.store.objects import StoreError
+from meddiff.store.objects import NotFound, StoreError
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
@@ -83,12 +83,13 @@ def install(app: FastAPI) -> None:
         log.warning("backend unreachable", error=type(error).__name__, route=request.url.path)
         return _respond(request, problem("unavailable", "Redis or the object store does not answer; try again"))
 
-    @app.exception_handler(ValidationError)
-    async def unreadable(request: Request, error: ValidationError) -> JSONResponse:
-        log.error("record not readable", kind=error.title, trace=_places(error))
-        detail = "A record that this needs was written by another version of the service, or is damaged"
+    async def unreadable(request: Request, error: Exception) -> JSONResponse:
+        log.error("record not readable", error=type(error).__name__, trace=_places(error))
+        detail = "A record that this needs was written by another version of the service, or is damaged or gone"
         return _respond(request, problem("unavailable", detail))
 
+    for unread in (ValidationError, NotFound):
+        app.add_exception_handler(unread, unreadable)
     for kind in UNREACHABLE:
         app.add_exception_handler(kind, unreachable)
 

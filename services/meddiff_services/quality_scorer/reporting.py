@@ -24,7 +24,7 @@ from meddiff.science.evaluation import report as reports
 from PIL import Image
 from safetensors.torch import load
 
-from meddiff_services.loading import device, fingerprint
+from meddiff_services.loading import device, merged_fingerprint
 from meddiff_services.pictures import Mask, Pixels, decode_mask, decode_png, overlay, tile
 from meddiff_services.trials import load_cases, made, splits
 from meddiff_services.worker import Outcome, Work
@@ -67,7 +67,7 @@ def report(work: Work) -> Outcome:
         notes=(*work.marker("split", 0).output["notes"], *_missing_pairs(work, arms, len(cut))),
         recipe=work.spec.recipe,
         request=work.spec.request.model_dump(mode="json"),
-        fingerprint=fingerprint(work.spec.recipe, work.settings),
+        fingerprint=merged_fingerprint([*work.markers("stop"), *work.markers("segmenter")]),
     )
     page = page_of(found, [*zip(worst, cases, strict=True)], [*zip(doubtful, pairs, strict=True)], work.markers("stop"))
     work.store.put(work.keys.report("html"), page.encode(), "text/html")

@@ -54,7 +54,11 @@ def split(work: Work) -> Outcome:
         grounds = [Seen(dataset.id, case, "lesions are painted on it") for case in dataset.backgrounds]
         _refuse_leaks(work, [here[place] for place in tested], vectors[tested], grounds)
     notes = [f"{len(set(group_of))} groups of cases (a patient, or nearly the same picture) among {len(cases)}"]
-    if len(found) * spec.request.seeds < 3:
+    if len(found) == 1:
+        notes.append(
+            "one split: what is said holds for these training cases and this generator; others may do otherwise"
+        )
+    if len(found) * spec.request.seeds == 2:
         notes.append("two trainings an arm: how much of a gain is luck shows roughly; three or four seeds tell more")
     if output["test_dataset_id"] not in (None, dataset.id):
         notes.append("patients of the two datasets were told apart by their pictures alone")
@@ -131,9 +135,7 @@ def _drawn(spec: EvaluateSpec, cases: Sequence[Case], group_of: Sequence[int]) -
         return [one_split(others, (), part[:tested]) for part, others in zip(parts, rest, strict=True)]
     train = request.train or spec.recipe.max_pairs
     extra = max(0, min(train, len(set(group_of)) - train - LEAST_TESTED))
-    draws = [
-        splits.draw(group_of, train, extra, tested, request.seed + number) for number in range(request.draws or 1)
-    ]  # fmt: skip
+    draws = [splits.draw(group_of, train, extra, tested, request.seed + number) for number in range(request.splits)]
     return [one_split(one.train, one.extra, one.test) for one in draws]
 
 

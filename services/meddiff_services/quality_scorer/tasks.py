@@ -137,6 +137,7 @@ def _judged(
         guide=pictures["guide"],
         window=candidate.window,
         background=Background(sha256=candidate.background.image_sha256, repaired=candidate.repaired),
+        donor=candidate.donor.image_sha256 if recipe.inpainting.strength < 1 else None,
         scores=scores,
         outside_guide_max_diff=max_difference(image, ground_of(work, candidate).image, ~guide),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from meddiff.contracts.evaluation import REAL, Row
 from meddiff.planning import evaluation
@@ -9,7 +11,7 @@ from meddiff.science.evaluation import trials
 from meddiff.seeds import derive
 from safetensors.torch import save
 
-from meddiff_services.loading import device
+from meddiff_services.loading import device, fingerprint
 from meddiff_services.trials import load_cases, material, splits
 from meddiff_services.worker import Outcome, Work
 
@@ -28,8 +30,9 @@ def stop(work: Work) -> Outcome:
         lambda done, total: work.progress(done, total, "steps"),
         device(work.settings),
     )
-    output = {"arm": run.arm.name, "split": run.split, "steps": trials.best_stop(curve)}
-    return Outcome(1, output | {"curve": {str(steps): dice for steps, dice in curve.items()}})
+    output: dict[str, Any] = {"arm": run.arm.name, "split": run.split, "steps": trials.best_stop(curve)}
+    output["curve"] = {str(steps): dice for steps, dice in curve.items()}
+    return Outcome(1, output | {"fingerprint": fingerprint(work.spec.recipe, work.settings)})
 
 
 def segmenter(work: Work) -> Outcome:
@@ -76,4 +79,5 @@ def segmenter(work: Work) -> Outcome:
     work.store.put(work.keys.rows(work.shard), lines, "application/x-ndjson")
     mean = sum(row.dice for row in rows) / len(rows)
     work.log.info("segmenter trained", arm=run.arm.name, split=run.split, seed=run.seed, dice=round(mean, 4))
-    return Outcome(1, {"arm": run.arm.name, "split": run.split, "steps": steps, "dice": mean})
+    output = {"arm": run.arm.name, "split": run.split, "steps": steps, "dice": mean}
+    return Outcome(1, output | {"fingerprint": fingerprint(work.spec.recipe, work.settings)})

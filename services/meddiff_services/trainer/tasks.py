@@ -327,7 +327,7 @@ def publish(work: Work) -> Outcome:
 def _name(work: Work, name: str) -> None:
     """Gives the model its name, unless a fine-tune that was asked for later has it already."""
     key = model_name(work.tenant, name)
-    with suppress(NotFound):
+    with suppress(NotFound, ValueError):  # A card of another version holds no name against this one.
         holder = ModelKeys(work.tenant, json.loads(work.store.get(key))["model_id"])
         if work.store.get_json(holder.card, ModelCard).job_id > work.spec.id:
             return

@@ -59,7 +59,8 @@ class Scores(Contract):
 
 
 class Pair(Contract):
-    """One accepted synthetic pair."""
+    """One accepted synthetic pair. ``donor``: the digest of the image whose lesion a composite start fits into the
+    shape, and shows where the recipe paints lightly; None where painting starts from noise."""
 
     index: int
     seed: int
@@ -69,6 +70,7 @@ class Pair(Contract):
     guide: Picture
     window: Window
     background: Background
+    donor: Sha256 | None = None
     scores: Scores
     outside_guide_max_diff: Annotated[int, Field(ge=0, le=255)]
     synthetic: Literal[True] = True
@@ -99,7 +101,8 @@ class Component(Contract):
 
 
 class Manifest(Stored):
-    """``GET /jobs/{id}/manifest``. ``release_class`` is ``internal`` while any background is a patient's own pixels."""
+    """``GET /jobs/{id}/manifest``. ``release_class`` is ``internal`` while any pair shows a patient's own pixels: all
+    do, outside the guide, and those of a composite start inside it too."""
 
     job_id: JobId
     model_id: ModelId

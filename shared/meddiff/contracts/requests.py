@@ -98,13 +98,17 @@ class GenerateRequest(Contract):
         return changes
 
 
+DRAWS = 3
+"""Of the training cases where nothing else is asked for: one alone shows nothing of how draws differ."""
+
+
 class EvaluateRequest(Contract):
     """``POST /evaluate``: what synthetic pairs are worth, on real cases that had no part in making them.
 
     The pairs are those of ``synthetic_job``, or made by ``model``: then the model's own cases train, and the other
     cases of the dataset, or those of ``test_uri``, test. Without either a generator is fitted anew for each split: for
-    each of ``folds`` parts of the dataset that test in turn, or else for each of ``draws`` draws of ``train`` cases (by
-    default the recipe's ``max_pairs``). ``synthetic``: numbers of pairs to compare, each with every ``mixing``
+    each of ``folds`` parts of the dataset that test in turn, or else for each of ``draws`` (3) draws of ``train`` cases
+    (by default the recipe's ``max_pairs``). ``synthetic``: numbers of pairs to compare, each with every ``mixing``
     (copy-pasted ones with the first); ``seeds``: segmenters of each arm and split.
     """
 
@@ -132,7 +136,7 @@ class EvaluateRequest(Contract):
     @property
     def splits(self) -> int:
         """How often the cases are divided into those that train and those that test."""
-        return self.folds or (self.draws if self.draws is not None and self.fits_generators else 1)
+        return self.folds or ((self.draws or DRAWS) if self.fits_generators else 1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

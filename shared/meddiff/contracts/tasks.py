@@ -74,8 +74,6 @@ class Marker(Stored):
 
 KILLED = "its process was ended from outside, perhaps for want of memory"
 """The ``error`` of a fault that no exception left behind."""
-NOT_GIVEN = "the store, which answers, did not give one of its inputs"
-"""The ``error`` of a fault that may be the store's."""
 
 
 class TaskFault(Stored):

@@ -308,11 +308,11 @@ class Leases:
 
     def keep_tally(self, tenant: str, job_id: str, tally: Tally) -> None:
         """Caches a tally, so that nobody folds the job's past again."""
-        self.client.set(f"tally:{tenant}:{job_id}", tally.to_bytes(), ex=_KEEP_SECONDS)
+        self.client.set(f"tally-2:{tenant}:{job_id}", tally.to_bytes(), ex=_KEEP_SECONDS)
 
     def tally(self, tenant: str, job_id: str) -> Tally:
         """The newest tally kept, or the empty one."""
-        data = cast(bytes | None, self.client.get(f"tally:{tenant}:{job_id}"))
+        data = cast(bytes | None, self.client.get(f"tally-2:{tenant}:{job_id}"))
         return Tally() if data is None else Tally.from_bytes(data)
 
     def _run(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:

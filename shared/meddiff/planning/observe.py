@@ -42,7 +42,7 @@ def observe(store: ObjectStore, leases: Leases | None, spec: Spec) -> Observed:
     cancelled = "cancel.json" in present
     try:
         return _observed(store, leases, spec, present, cancelled)
-    except (ValidationError, StoreError):
+    except (ValidationError, NotFound, StoreError, KeyError):
         if not cancelled:
             raise
         return Observed(cancelled=True)

@@ -75,7 +75,7 @@ for n = 2, #ARGV do
     local key = kind .. ARGV[n]
     for _, task in ipairs(redis.call('ZRANGEBYSCORE', key, '-inf', now)) do
       redis.call('ZREM', key, task)
-      redis.call('HDEL', 'holders:' .. ARGV[n], task)
+      if kind == 'running:' then redis.call('HDEL', 'holders:' .. ARGV[n], task) end
       table.insert(found, task)
     end
   end

@@ -389,12 +389,22 @@ def _blob(mask: Mask) -> _Blob:
 
 
 def _drawn(blob: _Blob, size: int) -> Mask:
+    around = _waves(blob, np.linspace(-np.pi, np.pi, 8 * ANGLES, endpoint=False))
+    log_radius = blob.log_radius - around.var()  # So that the waves leave the area, the mean of r^2, what it was.
+    farthest = np.exp(log_radius + around.max())
+    rows, columns = (
+        slice(max(0, int((at - farthest) * size) - 1), int((at + farthest) * size) + 2) for at in blob.centre
+    )
     axis = (np.arange(size) + 0.5) / size
-    y, x = axis[:, None] - blob.centre[0], axis[None, :] - blob.centre[1]
-    angle = np.arctan2(y, x)
-    orders = np.arange(1, HARMONICS + 1)
-    waves = 2 * np.real(blob.lobes * np.exp(1j * orders * angle[..., None])).sum(axis=-1)
-    shape = np.asarray(np.hypot(y, x) <= np.exp(blob.log_radius + waves - waves.var()))
+    y, x = axis[rows, None] - blob.centre[0], axis[None, columns] - blob.centre[1]
+    shape = np.zeros((size, size), np.bool_)
+    shape[rows, columns] = np.hypot(y, x) <= np.exp(log_radius + _waves(blob, np.arctan2(y, x)))
     row, column = np.clip((blob.centre * size).astype(int), 0, size - 1)
     shape[row, column] = True
     return shape
+
+
+def _waves(blob: _Blob, angles: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The Fourier series of ``blob`` at some angles."""
+    orders = np.arange(1, HARMONICS + 1)
+    return np.asarray(2 * np.real(blob.lobes * np.exp(1j * orders * angles[..., None])).sum(axis=-1))
