@@ -334,7 +334,7 @@ class Simulation:
             except NotFound:
                 break
             entries += [Entry.model_validate(candidate) for candidate in marker.output["candidates"]]
-        chosen = select(entries, spec.request.count, spec.recipe.quality.max_shape_iou)
+        chosen = select(entries, spec)
         accepted = [entry.index for entry in chosen.accepted]
         rejected = [(entry.index, reason) for entry, reason in chosen.rejected]
         return {"accepted": accepted, "sha256": sha256_hex(canonical_json([accepted, rejected, chosen.next_index]))}

@@ -28,6 +28,9 @@ class MemoryStore:
         if self._fails():
             raise StoreUnavailable("away")
 
+    def ping(self) -> None:
+        self._called()
+
     def put(self, key: str, data: bytes, content_type: str = "") -> None:
         self._called()
         if key not in self._objects:
