@@ -131,7 +131,12 @@ def test_a_record_of_another_version_is_told_and_keeps_no_other_from_the_lists(g
         gateway.store.put(key, json.dumps(known | {"of_tomorrow": 1}).encode())
     assert other.id in {job["id"] for job in gateway.http.get("/jobs").json()["jobs"]}
     assert other.model_id in {model["id"] for model in gateway.http.get("/models").json()["models"]}
-    for ask in (gateway.http.get(f"/jobs/{made.id}"), gateway.http.delete(f"/datasets/{made.dataset_id}?derived=true")):
+    for ask in (
+        gateway.http.get(f"/jobs/{made.id}"),
+        gateway.http.get(f"/models/{made.model_id}"),
+        gateway.http.post("/generate", json={"model": made.model_id, "count": 1}),
+        gateway.http.delete(f"/datasets/{made.dataset_id}?derived=true"),
+    ):
         assert (ask.status_code, ask.json()["type"]) == (503, "urn:meddiff:problem:unavailable")
         assert "another version" in ask.json()["detail"]
     for key in (JobKeys(gateway.tenant, made.id).root, ModelKeys(gateway.tenant, made.model_id).root):

@@ -11,6 +11,7 @@ from meddiff.contracts.problems import ProblemError
 from meddiff.planning.removal import readable_cards, remove_model
 from meddiff.store.keys import ModelKeys, model_name
 from meddiff.store.objects import NotFound
+from pydantic import ValidationError
 
 from meddiff_services.gateway.access import Here
 from meddiff_services.gateway.backends import Backends
@@ -23,11 +24,14 @@ _MODEL_ID = re.compile(r"^md_[0-9a-f]{32}$")
 
 
 def find_model(here: Backends, model: str) -> ModelCard | None:
-    """The model of that id, or the one that bears the name: that of the latest fine-tune of it."""
+    """The model of that id, or the one that bears the name: that of the latest fine-tune of it. Raises
+    ``ValidationError`` for a card of another version."""
     try:
         if not _MODEL_ID.match(model):
             model = json.loads(here.store.get(model_name(here.tenant, model)))["model_id"]
         return here.store.get_json(ModelKeys(here.tenant, model).card, ModelCard)
+    except ValidationError:
+        raise
     except (NotFound, ValueError):
         return None
 
