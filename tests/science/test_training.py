@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,27 +116,19 @@ def test_the_cosine_falls_from_the_full_rate_to_nearly_nothing() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_a_loss_that_is_not_finite_ends_the_training() -> None:
-    with pytest.raises(FloatingPointError, match="step 1"):
+@pytest.mark.parametrize(
+    ("loss", "named"),
+    [
+        (lambda module: module(torch.full((1, 3), math.nan)).sum(), "the loss of step 1 "),
+        (lambda module: module(torch.zeros(1, 3)).mul(0).sqrt().sum(), "the weights after step 1 "),
+    ],
+    ids=["its loss", "its gradient alone"],
+)
+def test_a_last_step_that_is_not_finite_ends_the_training(loss: Callable[[nn.Module], Tensor], named: str) -> None:
+    with pytest.raises(FloatingPointError, match=named):
         train_segment(
             network(),
-            lambda module, step, accelerator: module(torch.full((1, 3), math.nan)).sum(),
-            None,
-            total=2,
-            stop_step=2,
-            learning_rate=lambda step: 0.1,
-            ema_decay=0.0,
-            on_step=lambda entry: None,
-            should_stop=lambda: False,
-        )
-
-
-def test_weights_that_the_last_step_spoils_are_not_returned() -> None:
-    """Its loss is finite, and only its gradient is not."""
-    with pytest.raises(FloatingPointError, match="weights after step 1"):
-        train_segment(
-            network(),
-            lambda module, step, accelerator: module(torch.zeros(1, 3)).abs().clamp(min=0).mul(0).sqrt().sum(),
+            lambda module, step, accelerator: loss(module),
             None,
             total=1,
             stop_step=1,
