@@ -68,8 +68,7 @@ KNOWN = {name: variant.what for name, variant in VARIANTS.items()} | GONE
 CANDIDATES = (
     "a: a real case repainted in its own mask; b: how strongly a composite is painted over; c: what a new shape lies "
     "on; d: the edge; e: segmenters that choose or label; f: mixing with real cases; g: unlabelled images; h: when the "
-    "fine-tune stops; i: decoys; j: the foundation. Of g, adapting the foundation to unlabelled images was not built, "
-    "nor of h a choice of the checkpoint by held-aside loss."
+    "fine-tune stops; i: decoys; j: the foundation."
 )
 
 

@@ -46,17 +46,20 @@ def unseen_loss(f: Foundation, weights: dict[str, Tensor], cache: dict[str, Tens
     """Eq. 1 on the cache of unseen cases: mean over cases and ``TIMESTEPS``."""
     f.unet.load_state_dict(weights)
     f.unet.eval()
+    device = next(f.unet.parameters()).device
+    clean, mask, masked, loss_mask, prompt = (
+        cache[name].to(device, torch.float32)
+        for name in ("latents", "mask", "masked_latents", "loss_mask", "prompt_embeds")
+    )
     losses = []
     for t in TIMESTEPS:
-        noise = torch.randn(cache["latents"].shape, generator=torch.Generator().manual_seed(t))
-        steps = torch.full((len(noise),), t)
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(t)).to(device)
+        steps = torch.full((len(noise),), t, device=device)
         alpha, beta = f.alpha_beta(steps)
-        clean = cache["latents"].float()
         noisy = alpha * clean + beta * noise
-        inputs = f.unet_input(noisy, cache["mask"].float(), cache["masked_latents"].float())
-        prompt = cache["prompt_embeds"].expand(len(noise), -1, -1)
-        predicted = f.predicted_clean(f.unet(inputs, steps, prompt).sample, noisy, steps)
-        loss = finetune.masked_loss(predicted, clean, cache["loss_mask"].float(), f.loss_weight(steps))
+        inputs = f.unet_input(noisy, mask, masked)
+        predicted = f.predicted_clean(f.unet(inputs, steps, prompt.expand(len(noise), -1, -1)).sample, noisy, steps)
+        loss = finetune.masked_loss(predicted, clean, loss_mask, f.loss_weight(steps))
         losses.append(float(loss))
     return float(np.mean(losses))
 

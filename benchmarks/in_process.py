@@ -13,6 +13,7 @@ from meddiff.contracts.dataset import Case as StoredCase
 from meddiff.contracts.recipes import Recipe
 from meddiff.importing.pixels import encode_png
 from meddiff.science import encoders, erosion, finetune, foundation, geometry, inpainting, mask_generator, quality
+from meddiff.science.training import TrainingState, load_weights
 from meddiff.seeds import derive
 from meddiff_services.cases import Loaded
 from meddiff_services.mask_sampler.tasks import Ground, choose_donor, choose_ground
@@ -37,22 +38,42 @@ class Made:
     background: int | None
 
 
-def fit(cases: Sequence[Case], healthy: Sequence[Pixels], recipe: Recipe, seed: int) -> dict[str, torch.Tensor]:
+def fit(
+    cases: Sequence[Case],
+    healthy: Sequence[Pixels],
+    recipe: Recipe,
+    seed: int,
+    adapt_to: Sequence[Case] = (),
+    stop: int | None = None,
+) -> dict[str, torch.Tensor]:
     """What a fine-tune trains: averaged weights of the inpainter (``unet.…``) and of the mask generator
-    (``masks.…``)."""
+    (``masks.…``). ``adapt_to``: cases that the foundation is fine-tuned on before; ``stop``: the step of the inpainter
+    that is taken, the last where none is given."""
     f = foundation.load(recipe.foundation.source, torch.float32, DEVICE)
-    pairs = [(case.image, case.mask) for case in cases]
-    cache = finetune.build_cache(f, pairs, healthy, recipe, derive(seed, "cache"), lambda *_: None)
-    steps = recipe.finetuning.steps
-    tuned = finetune.train(
-        f, cache, recipe, derive(seed, "finetune"), "inpainter", None, steps, lambda _: None, bool
-    )  # fmt: skip
+    if adapt_to:
+        load_weights(f.unet, tune(f, adapt_to, [], recipe, derive(seed, "adapt")).ema)
+    tuned = tune(f, cases, healthy, recipe, seed, stop)
     steps = recipe.mask_generation.steps
     masks = [case.mask for case in cases]
     drawn = mask_generator.train(
         masks, recipe, derive(seed, "mask_generator"), None, steps, lambda _: None, bool, DEVICE
     )  # fmt: skip
     return {f"unet.{k}": v for k, v in tuned.ema.items()} | {f"masks.{k}": v for k, v in drawn.ema.items()}
+
+
+def tune(
+    f: foundation.Foundation,
+    cases: Sequence[Case],
+    healthy: Sequence[Pixels],
+    recipe: Recipe,
+    seed: int,
+    stop: int | None = None,
+) -> TrainingState:
+    """The inpainter, trained from the foundation's weights up to step ``stop`` or the last."""
+    pairs = [(case.image, case.mask) for case in cases]
+    cache = finetune.build_cache(f, pairs, healthy, recipe, derive(seed, "cache"), lambda *_: None)
+    steps = recipe.finetuning.steps if stop is None else stop
+    return finetune.train(f, cache, recipe, derive(seed, "finetune"), "inpainter", None, steps, lambda _: None, bool)
 
 
 class Generator:

@@ -39,6 +39,7 @@ from meddiff_services.pictures import Mask, Pixels
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks import checkpoints
 from benchmarks.in_process import DEVICE, Generator, Made, fit
 from benchmarks.sources import Case, cases_by_digest
 from benchmarks.variants import Variant, variant_of
@@ -252,7 +253,11 @@ def pairs_of(
 ) -> list[Made]:
     """The variant's pairs. Fitted generators and pairs are kept on disk, for several variants share them."""
     train = [list(cases.cases.values())[place] for place in draw.train]
-    sources = [*([] if variant.unlabelled == "retexture" else train), *unlabelled]
+    adapt_to = unlabelled if variant.unlabelled == "foundation" else ()
+    sources = [
+        *([] if variant.unlabelled == "retexture" else train),
+        *([] if variant.unlabelled == "foundation" else unlabelled),
+    ]
     recipe = override(RECIPE, variant.fitting)
     painting = override(recipe, variant.painting)
     retexture = variant.retexture or variant.unlabelled == "retexture"
@@ -263,13 +268,17 @@ def pairs_of(
         retexture,
         variant.decoys,
         variant.unlabelled or "",
+        variant.held_aside,
         variant.pairs,
     ]
+    fitted_by = [recipe.model_dump_json(include=FITTED_BY)]
+    fitted_by += ["adapted"] if adapt_to else []
+    fitted_by += ["held aside"] if variant.held_aside else []
     kept = trial.cache / f"{split}-{derive(*made_by):x}.pairs"
     with FileLock(kept.with_suffix(".lock")):  # Another process may need the same ones.
         if not kept.exists():
-            path = trial.cache / f"{split}-{derive(recipe.model_dump_json(include=FITTED_BY)):x}.safetensors"
-            fitted = fitted_model(train, cases.healthy, recipe, seed, path)
+            path = trial.cache / f"{split}-{derive(*fitted_by):x}.safetensors"
+            fitted = fitted_model(train, cases.healthy, recipe, seed, path, adapt_to, variant.held_aside)
             options = {"retexture": retexture, "decoys": variant.decoys}
             generator = Generator(sources, cases.healthy, painting, fitted, **options)
             made = generator.generate(variant.pairs, seed)
@@ -307,12 +316,19 @@ def read_made(path: Path) -> list[Made]:
 
 
 def fitted_model(
-    train: Sequence[Case], healthy: Sequence[Pixels], recipe: Recipe, seed: int, path: Path
+    train: Sequence[Case],
+    healthy: Sequence[Pixels],
+    recipe: Recipe,
+    seed: int,
+    path: Path,
+    adapt_to: Sequence[Case] = (),
+    held_aside: bool = False,
 ) -> dict[str, torch.Tensor]:
     """``fit``, or what it left at ``path`` before."""
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            save_whole(fit(train, healthy, recipe, seed), path)
+            stop = checkpoints.best(checkpoints.measured(train, healthy, recipe, seed)) if held_aside else None
+            save_whole(fit(train, healthy, recipe, seed, adapt_to, stop), path)
     return load_file(path)
 
 

@@ -20,8 +20,9 @@ class Variant:
     ``healthy``: the dataset's lesion-free images with empty masks in their place. ``relabel``: inside the guide the
     label is what segmenters see that did not train on the donor. ``unlabelled``: real cases without their masks, which
     segmenters of the training cases draw instead: as they are (``pairs``), or among the training cases as donors and
-    backgrounds (``sources``), or repainted to fit the drawn masks (``retexture``). ``alone``: segmenters see the pairs
-    and no real case; their stop has to be given."""
+    backgrounds (``sources``), or repainted to fit the drawn masks (``retexture``), or for the foundation to be
+    fine-tuned on before the training cases (``foundation``). ``held_aside``: the fine-tune ends at the checkpoint that
+    cases held aside choose. ``alone``: segmenters see the pairs and no real case; their stop has to be given."""
 
     what: str
     fitting: dict[str, Any] = field(default_factory=dict)
@@ -34,7 +35,8 @@ class Variant:
     healthy: bool = False
     agreement: tuple[float, float] | None = None
     relabel: bool = False
-    unlabelled: Literal["pairs", "sources", "retexture"] | None = None
+    unlabelled: Literal["pairs", "sources", "retexture", "foundation"] | None = None
+    held_aside: bool = False
     alone: bool = False
     mixing: Mixing = "falling"
     pairs: int = 90
@@ -84,6 +86,9 @@ VARIANTS: dict[str, Variant] = {
     "pretrain": Variant("f: synthetic first, then real", mixing="pretrain"),
     "300 pairs": Variant("300 pairs instead of 90", pairs=300),
     "240 steps": Variant("h: fine-tuned for half as long", fitting={"finetuning": {"steps": 240}}),
+    "held-aside checkpoint": Variant(
+        "h: the fine-tune ends where eq. 1 of cases held aside is lowest, before it copies", held_aside=True
+    ),
     "first foundation": Variant(
         "j: the built-in foundation as it was before: 4 px to a cell, 29 dB on PH2, the U-Net trained for less",
         fitting={"foundation": {"source": "out/first-foundation"}},
@@ -95,6 +100,22 @@ VARIANTS: dict[str, Variant] = {
         "g with a: unlabelled images repainted to fit the masks segmenters draw",
         painting=strength(0.5, 0.3),
         unlabelled="retexture",
+    ),
+    "adapted": Variant(
+        "g: the foundation fine-tuned on unlabelled images first, with the masks segmenters draw",
+        unlabelled="foundation",
+    ),
+    "adapted, retexture 0.5": Variant(
+        "g with a: retexture 0.5 of an adapted foundation",
+        painting=strength(0.5, 0.3),
+        retexture=True,
+        unlabelled="foundation",
+    ),
+    "held-aside checkpoint, retexture 0.5": Variant(
+        "h with a: retexture 0.5 of the checkpoint that cases held aside choose",
+        painting=strength(0.5, 0.3),
+        retexture=True,
+        held_aside=True,
     ),
     "lesion-free": Variant("the lesion-free images as they are: what a gain owes to them alone", healthy=True),
     "shifted": Variant("must lose: labels moved by 15 % of the width", shift=0.15, mixing="joint"),

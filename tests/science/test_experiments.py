@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import experiments, utility
+from benchmarks import checkpoints, experiments, utility
+from benchmarks.checkpoints import Checkpoint
 from benchmarks.utility import Training
 
 
@@ -134,3 +135,13 @@ def test_a_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     utility.append(tmp_path / "rows.jsonl", trained("synthetic", 0.9))
     utility.append(tmp_path / "rows.jsonl", trained("synthetic", 0.7))
     assert [row.arm for row in utility.read(tmp_path / "rows.jsonl")] == ["real", "synthetic", "synthetic"]
+
+
+def test_a_fine_tune_ends_where_its_loss_is_lowest_before_it_copies() -> None:
+    found = [Checkpoint(60, 0.14, 0.0), Checkpoint(120, 0.12, 0.05), Checkpoint(180, 0.11, 0.3)]
+    assert checkpoints.best(found) == 120
+    assert checkpoints.best(found[:1]) == 60
+
+
+def test_where_every_checkpoint_copies_the_one_that_copies_least_is_taken() -> None:
+    assert checkpoints.best([Checkpoint(60, 0.14, 0.2), Checkpoint(120, 0.12, 0.4)]) == 60
