@@ -3,8 +3,8 @@
     python -m benchmarks.checkpoints DATASET [--pairs 30]
 
 Checkpoints are the ends of segments. At each, with averaged weights: eq. 1 on a fifth of the cases, which it did not
-train on, and the share of the others' lesions that it paints as copies when they are taken out of their images and
-painted from noise.
+train on, and the share of the others' shapes that it fills with a copy of a lesion it was trained on, when they are
+painted from noise into the next one's image.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Checkpoint:
 
 
 def best(found: Sequence[Checkpoint]) -> int:
-    """The step of the lowest loss, among the checkpoints that copy at most ``COPIES`` or, where there is none, as
-    little as any."""
+    """The step of the lowest loss, among the checkpoints of which at most ``COPIES`` are copies or, where there is
+    none, as few as of any."""
     least = max(COPIES, min(one.copies for one in found))
     return min((one for one in found if one.copies <= least), key=lambda one: one.loss).step
 
@@ -64,7 +64,8 @@ def measured(cases: Sequence[Case], healthy: Sequence[Pixels], recipe: Recipe, s
     reference = quality.calibrate(encoder, crops, digests, recipe.quality)
     state: TrainingState | None = None
     found = []
-    for stop in range(recipe.finetuning.segment_steps, recipe.finetuning.steps + 1, recipe.finetuning.segment_steps):
+    steps = recipe.finetuning.steps
+    for stop in [*range(recipe.finetuning.segment_steps, steps, recipe.finetuning.segment_steps), steps]:
         state = finetune.train(
             f, cache, recipe, derive(seed, "finetune"), "inpainter", state, stop, lambda _: None, bool
         )  # fmt: skip
@@ -81,15 +82,18 @@ def _copied(
     reference: quality.Reference,
     encoder: encoders.Encoder,
 ) -> float:
-    """The share of the cases whose lesions, painted from noise into their own images, are judged to be copies."""
+    """The share of paintings from noise that are judged to be copies: each case's shape in the next one's image, so
+    that what is near to a real lesion is not its surroundings."""
     canvases = []
     for n, case in enumerate(cases):
-        guide = geometry.guide_of(case.mask, recipe.inpainting.guide_margin)
-        canvases.append(inpainting.Canvas(case.image, case.mask, guide, None, derive("checkpoint", n)))
+        below = cases[(n + 1) % len(cases)]
+        shape = geometry.resize_mask(case.mask, below.mask.shape)
+        guide = geometry.guide_of(shape, recipe.inpainting.guide_margin, below.mask)
+        canvases.append(inpainting.Canvas(below.image, shape, guide, None, derive("checkpoint", n)))
     images = inpainting.inpaint(f, canvases, override(recipe, FROM_NOISE))
     verdicts = [
-        quality.judge(reference, encoder, image, case.mask, recipe.quality)
-        for image, case in zip(images, cases, strict=True)
+        quality.judge(reference, encoder, image, canvas.shape, recipe.quality)
+        for image, canvas in zip(images, canvases, strict=True)
     ]
     return float(np.mean([verdict.reason == "copy" for verdict in verdicts]))
 

@@ -17,6 +17,8 @@ SHAPES = (  # Draws, seeds, cases, pool of cases, spread between draws, spread b
     (1, 2, 6, 6, 0.0, 1.0),
     (1, 2, 30, 30, 0.0, 2.0),
     (1, 2, 100, 100, 0.0, 1.0),
+    (1, 2, 100, 100, 0.0, 2.5),
+    (1, 4, 100, 100, 0.0, 2.5),
     (1, 4, 100, 100, 0.5, 1.0),  # The spread between draws cannot show in one: the interval is of this draw alone.
     (1, 3, 39, 39, 0.0, 1.5),
     (1, 4, 40, 40, 0.0, 1.0),
@@ -26,6 +28,7 @@ SHAPES = (  # Draws, seeds, cases, pool of cases, spread between draws, spread b
     (3, 4, 60, 100, 0.0, 0.5),
     (3, 4, 40, 1000, 1.0, 1.5),
     (3, 4, 60, 1000, 1.5, 1.0),
+    (3, 4, 100, 1000, 2.0, 1.0),
     (5, 4, 6, 30, 0.5, 1.5),
 )
 

@@ -6,6 +6,7 @@ python -m benchmarks.experiments
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -184,7 +185,12 @@ def plot(groups: Mapping[Key, Sequence[Training]], path: Path) -> None:
 
 def page(trainings: Sequence[Training]) -> str:
     groups = grouped(trainings)
-    lines = ["# What synthetic pairs were worth, measured", "", "Recipe `cpu` with the built-in foundation.", ""]
+    lines = [
+        "# What synthetic pairs were worth, measured",
+        "",
+        "Recipe `cpu` with the built-in foundation, downscaled excerpts of the datasets (see the README).",
+        "",
+    ]
     lines += [*answer(groups), ""]
     lines += ["## Controls: arms whose answer is known", "", *controls(groups), ""]
     tuned = {key: found for key, found in groups.items() if key[1] and key[2] == EVALUATION.segmenter}
@@ -208,11 +214,8 @@ def page(trainings: Sequence[Training]) -> str:
             lines += [f"{segmenter}; draws {sorted(tested)}, with {cases} test cases.", ""]
             lines += [*table(found), ""]
     lines += ["## What the variants are", "", CANDIDATES, "", "| name | what |", "|---|---|"]
-    run = {
-        name
-        for one in trainings
-        for name in (one.arm, one.arm.removeprefix(f"{BEFORE}, "), one.arm.rpartition(", ")[2])
-    }
+    arms = {re.sub(r", [\d.]+ x steps$", "", one.arm) for one in trainings}
+    run = arms | {arm.removeprefix(f"{prefix}, ") for arm in arms for prefix in (BEFORE, *GONE)}
     lines += [f"| {name} | {what} |" for name, what in KNOWN.items() if name in run]
     due = [name for name in VARIANTS if name not in run]
     lines += ["", f"Not run yet: {'; '.join(due)}."] if due else []
@@ -242,10 +245,17 @@ def overview(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
     return lines
 
 
+def _base(name: str) -> str | None:
+    """What a variant that changes another variant is held against: ``a, b`` against ``b``."""
+    first, _, rest = name.partition(", ")
+    return rest if first in VARIANTS and first != BEFORE and rest in VARIANTS and name in VARIANTS else None
+
+
 def ablation(groups: Mapping[Key, Sequence[Training]]) -> list[str]:
     """Each variant against the default recipe, on every dataset that has both and on their mean."""
     compared = [(name, DEFAULT, what) for name, what in KNOWN.items() if name not in (DEFAULT, *CONTROLS, *GONE)]
     compared += [(f"{BEFORE}, {name}", BEFORE, what) for name, _, what in compared]
+    compared = [(name, _base(name) or other, what) for name, other, what in compared]
     known = list(dict.fromkeys(key[0] for key in groups))
     datasets = [one for one in known if any(over_datasets(_of(groups, one), *pair[:2]) for pair in compared)]
     lines = [f"| variant | {' | '.join(datasets)} | mean | runs | changed |", "|---" * (len(datasets) + 4) + "|"]

@@ -45,6 +45,9 @@ def psnr_table(vae: AutoencoderKL, data: Path) -> None:
     for name in DATASETS:
         cases = list(cases_by_digest(data / name).values())
         chosen = [c.image for c in cases if max(c.image.shape) <= 512]
+        if not chosen:
+            print(f"{name:10} none of at most 512 px a side", flush=True)
+            continue
         chosen = [chosen[i] for i in np.random.default_rng(0).permutation(len(chosen))[:CASES]]
         native = [float(autoencoder.psnr(vae, as_tensor(image))) for image in chosen]
         small = [float(autoencoder.psnr(vae, as_tensor(geometry.resize_image(i, (128, 128))))) for i in chosen]

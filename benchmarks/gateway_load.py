@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import socket
 import statistics
 import subprocess
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
+        os.environ["MEDDIFF_MAX_TENANT_JOBS"] = str(arguments.posts + 1)
         running = stack.up(home / "stack", inpainters=1)
         try:
             _measure(running, home, arguments)

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -229,6 +230,8 @@ def _material(trial: Trial, cases: Cases, draw: splits.Draw) -> Material:
         empty = [(image, np.zeros(image.shape[:2], bool)) for image in cases.healthy]
         return Material(real, empty, [frozenset()] * len(empty), variant.mixing)
     pseudo = _pseudo_labelled(trial) if variant.unlabelled else []
+    if variant.unlabelled and not pseudo:
+        raise ValueError(f"{cases.name} has no case left to take for an unlabelled one")
     if variant.unlabelled == "pairs":
         synthetic = [(case.image, case.mask) for case in pseudo]
         return Material(real, synthetic, [frozenset()] * len(synthetic), variant.mixing)
@@ -267,12 +270,12 @@ def pairs_of(
         painting.model_dump_json(exclude={"evaluation"}),
         retexture,
         variant.decoys,
-        variant.unlabelled or "",
+        f"{variant.unlabelled} by {trial.segmenter}" if variant.unlabelled else "",
         variant.held_aside,
         variant.pairs,
     ]
     fitted_by = [recipe.model_dump_json(include=FITTED_BY)]
-    fitted_by += ["adapted"] if adapt_to else []
+    fitted_by += ["adapted", trial.segmenter] if adapt_to else []
     fitted_by += ["held aside"] if variant.held_aside else []
     kept = trial.cache / f"{split}-{derive(*made_by):x}.pairs"
     with FileLock(kept.with_suffix(".lock")):  # Another process may need the same ones.
@@ -327,9 +330,19 @@ def fitted_model(
     """``fit``, or what it left at ``path`` before."""
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            stop = checkpoints.best(checkpoints.measured(train, healthy, recipe, seed)) if held_aside else None
+            stop = _held_aside_stop(train, healthy, recipe, seed, path) if held_aside else None
             save_whole(fit(train, healthy, recipe, seed, adapt_to, stop), path)
     return load_file(path)
+
+
+def _held_aside_stop(train: Sequence[Case], healthy: Sequence[Pixels], recipe: Recipe, seed: int, path: Path) -> int:
+    """The checkpoint that is chosen; all of them are printed, and kept beside the model as JSON."""
+    found = checkpoints.measured(train, healthy, recipe, seed)
+    stop = checkpoints.best(found)
+    text = json.dumps({"chosen": stop, "checkpoints": [asdict(one) for one in found]})
+    path.with_suffix(".checkpoints.json").write_text(text)
+    print(path.name, text, flush=True)
+    return stop
 
 
 def shifted(mask: Mask, share: float) -> Mask:
@@ -407,7 +420,7 @@ def _agreeing(trial: Trial, material: Material, bounds: tuple[float, float]) -> 
 def _stop_curve(trial: Trial, material: Material) -> dict[int, float]:
     """What the arm's stop is chosen by. It is the arm's and the draw's, so what a row or the disk holds is taken."""
     for one in read(trial.rows):
-        same = one.arm == trial.arm or (one.arm.startswith(f"{trial.arm}, ") and one.arm.endswith("x steps"))
+        same = re.fullmatch(rf"{re.escape(trial.arm)}(, [\d.]+ x steps)?", one.arm)
         if one.curve and same and one.key[:5] == trial.begins[:5]:
             return one.curve
     path = trial.cache / f"{'-'.join(map(str, (*trial.begins[:5], trial.arm))).replace(' ', '_')}.stop.json"

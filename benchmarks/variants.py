@@ -87,7 +87,8 @@ VARIANTS: dict[str, Variant] = {
     "300 pairs": Variant("300 pairs instead of 90", pairs=300),
     "240 steps": Variant("h: fine-tuned for half as long", fitting={"finetuning": {"steps": 240}}),
     "held-aside checkpoint": Variant(
-        "h: the fine-tune ends where eq. 1 of cases held aside is lowest, before it copies", held_aside=True
+        "h: the fine-tune ends where eq. 1 of cases held aside is lowest among the checkpoints that hardly copy",
+        held_aside=True,
     ),
     "first foundation": Variant(
         "j: the built-in foundation as it was before: 4 px to a cell, 29 dB on PH2, the U-Net trained for less",

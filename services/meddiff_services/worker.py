@@ -395,6 +395,7 @@ def main(service: str, queues: Sequence[Queue], stages: str) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # Threads that spin for long hold up whoever shares their cores.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Pages of 2 MiB (decisions/0014).
     app = celery_app(settings)
     name = f"{service}-{os.getpid()}@{socket.gethostname()}"
     worker = Worker(settings, stages, name, Sender(app))

@@ -125,8 +125,8 @@ def generate(
     count: Annotated[int, typer.Option(help="Accepted pairs to deliver.")] = 32,
     seed: int = 0,
     start_index: Annotated[int, typer.Option(help="Go on from an earlier job's next_start_index.")] = 0,
-    masks: Annotated[str | None, typer.Option(help="A dataset to take the masks from.")] = None,
-    backgrounds: Annotated[str | None, typer.Option(help="A dataset to take the backgrounds from.")] = None,
+    masks: Annotated[str | None, typer.Option(help="Take the masks of this dataset: an id, a folder or a zip.")] = None,
+    backgrounds: Annotated[str | None, typer.Option(help="Take the backgrounds of this dataset: likewise.")] = None,
     changes: Changes = None,
     detach: Detach = False,
     as_json: Json = False,
@@ -139,8 +139,8 @@ def generate(
             count,
             seed=seed,
             start_index=start_index,
-            masks=masks,
-            backgrounds=backgrounds,
+            masks=_imported(client, masks) if masks else None,
+            backgrounds=_imported(client, backgrounds) if backgrounds else None,
             override=_override(changes),
         )
         _follow(client, job, detach=detach, as_json=as_json)

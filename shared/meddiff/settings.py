@@ -40,7 +40,10 @@ class Settings(BaseSettings):
     s3_models: tuple[str, ...] = Field((), description="buckets that a recipe's s3:// foundation or encoder may lie in")
     model_root: Path | None = Field(None, description="folder of foundation checkpoints and encoders kept offline")
     scratch: Path = Field(Path("/tmp/meddiff"), description="local disk of a worker: models, latest checkpoints")
-    host: str = Field("127.0.0.1", description="address the gateway listens on; without keys loopback only")
+    host: str = Field(
+        "127.0.0.1",
+        description="address the gateway, and a worker's metrics, listen on; a gateway without keys on loopback only",
+    )
     port: int = Field(8080, description="port the gateway listens on")
     metrics_port: int | None = Field(None, description="port a worker serves its Prometheus metrics on")
     require_keys: bool = Field(True, description="whether requests need an API key; only on loopback they may not")

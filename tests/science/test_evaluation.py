@@ -100,6 +100,14 @@ def test_of_one_draw_the_luck_of_its_seeds_is_in_the_interval_whatever_the_numbe
     assert found.high - found.low == pytest.approx(2 * 1.96 * standard_error, rel=0.05)
 
 
+@pytest.mark.parametrize("seeds", [2, 4])
+def test_few_seeds_spread_as_their_standard_error_says(seeds: int) -> None:
+    luck = np.random.default_rng(0).normal(0.3, 1, (seeds, 1))
+    draw = comparison.Paired(np.broadcast_to(luck, (seeds, 30)), np.arange(30))
+    means = comparison._resampled_means([draw], 10_000, np.random.default_rng(1))
+    assert means.std() == pytest.approx(stats.sem(luck[:, 0]), rel=0.03)
+
+
 def test_the_cases_of_a_patient_count_as_one() -> None:
     patients = np.random.default_rng(0).normal(0.3, 1, (1, 40))
     found = comparison.gain([comparison.Paired(np.repeat(patients, 25, axis=1), np.repeat(np.arange(40), 25))])
@@ -417,6 +425,8 @@ def test_a_curve_that_falls_by_chance_is_made_to_rise_and_a_flat_one_gives_no_re
     short = (CurvePoint(real=15, dice=0.6), CurvePoint(real=30, dice=0.7))
     real = [row for row in rows(0.0) if row.arm == REAL]
     assert report.annotation_equivalents(gained, short, real) == (None, False)
+    level = (*short, CurvePoint(real=45, dice=0.7), CurvePoint(real=60, dice=0.7))
+    assert report.annotation_equivalents(gained, level, real) == (None, False), "more cases would gain nothing"
 
 
 def test_the_spread_between_seeds_is_that_of_their_means() -> None:

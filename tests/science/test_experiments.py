@@ -137,7 +137,7 @@ def test_a_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     assert [row.arm for row in utility.read(tmp_path / "rows.jsonl")] == ["real", "synthetic", "synthetic"]
 
 
-def test_a_fine_tune_ends_where_its_loss_is_lowest_before_it_copies() -> None:
+def test_a_fine_tune_ends_where_its_loss_is_lowest_of_what_hardly_copies() -> None:
     found = [Checkpoint(60, 0.14, 0.0), Checkpoint(120, 0.12, 0.05), Checkpoint(180, 0.11, 0.3)]
     assert checkpoints.best(found) == 120
     assert checkpoints.best(found[:1]) == 60

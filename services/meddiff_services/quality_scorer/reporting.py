@@ -31,6 +31,8 @@ from meddiff_services.worker import Outcome, Work
 
 SHOWN = 6
 """Worst cases and doubtful pairs in the report."""
+MARKERS = "Dsv"
+"""Of arms on the learning curve: another after every ten colours."""
 TILE_PX = 160
 
 
@@ -168,15 +170,18 @@ def _template() -> jinja2.Template:
 
 
 def _curve_figure(curve: Sequence[CurvePoint], arms: Sequence[ArmResult]) -> Figure:
-    """Dice against the number of real cases, and on it the arms with pairs, at theirs."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    """Dice against the number of real cases, and on it the arms with pairs: at their gain over the curve, which is what
+    their worth is read by."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot([p.real for p in curve], [100 * p.dice for p in curve], "o-", color="0.3", label="real cases alone")
-    for place, arm in enumerate(arm for arm in arms if arm.pairs):
-        axes.plot(arm.real, 100 * arm.dice, "D", color=f"C{place}", label=f"{arm.real:.0f} real + {arm.name}")
-        axes.axhline(100 * arm.dice, color=f"C{place}", linewidth=0.6, linestyle="--")
+    for place, (arm, gained) in enumerate((arm, arm.gain) for arm in arms if arm.pairs and arm.gain is not None):
+        level = 100 * float(np.interp(arm.real, [p.real for p in curve], [p.dice for p in curve])) + gained.mean
+        colour, marker = f"C{place % 10}", MARKERS[place // 10 % len(MARKERS)]
+        axes.plot(arm.real, level, marker, color=colour, label=f"{arm.real:.0f} real + {arm.name}")
+        axes.axhline(level, color=colour, linewidth=0.6, linestyle="--")
     axes.set(xlabel="real annotated cases", ylabel="Dice on unseen cases")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     return figure
 
 

@@ -60,7 +60,7 @@ class Row(Contract):
 
 
 class Interval(Contract):
-    """A mean and its 95 % interval, in points (hundredths) of Dice."""
+    """A mean and its 95 % interval: of gains in points (hundredths) of Dice, of equivalents in cases."""
 
     mean: float
     low: float
@@ -71,7 +71,8 @@ class ArmResult(Contract):
     """An arm's mean figures over all of its runs. ``gain``: Dice over the arm ``real`` in points, by a hierarchical
     paired bootstrap over splits, seeds and groups of cases; ``p`` from the same resamples; ``spread``: standard
     deviation of a run's mean Dice between seeds, in points; ``equivalents``: how many more real cases are worth as
-    much, read off the learning curve; beyond its end they are ``at_least`` as many."""
+    much, read off the learning curve, none where it does not rise beyond ``real``; beyond its end they are ``at_least``
+    as many, and no end of their interval lies beyond it."""
 
     name: str
     runs: int

@@ -21,7 +21,8 @@ Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 class FoundationChoice(Contract):
     """Where the pretrained Stable Diffusion checkpoint comes from and in which number format it works.
 
-    ``source``: ``builtin``, a hub id, an absolute folder under the operator's model root, or ``s3://bucket/prefix``.
+    ``source``: ``builtin``, a hub id, a folder under the operator's model root, or ``s3://bucket/prefix``. A folder
+    there that is named like a hub id stands in for it.
     """
 
     source: str = Field("builtin", max_length=512)
@@ -99,8 +100,9 @@ class Quality(Contract):
     """The similarity band on lesion crops and the gates around it.
 
     ``far_quantile``: a candidate less similar to its nearest real crop than this quantile of real-to-real similarity
-    is too far; ``copy_quantile``: one that is nearer than this quantile of what real crops have to themselves under
-    small changes is a copy; ``max_shape_iou``: two shapes of a manifest may not overlap more, unless the caller gave
+    is too far; ``copy_quantile``: share of slightly changed real crops that may pass for new where the ratio of the
+    distances to the nearest and second nearest lesion is set, below which a candidate is a copy: higher lets more
+    copies pass; ``max_shape_iou``: two shapes of a manifest may not overlap more, unless the caller gave
     them."""
 
     encoder: Literal["dinov2", "efficientnet-lite0"] = "efficientnet-lite0"

@@ -75,7 +75,7 @@ class FinetuneRequest(Contract):
 class GenerateRequest(Contract):
     """``POST /generate``: ``count`` *accepted* pairs of ``model`` (id or name). ``masks`` and ``backgrounds`` are ids
     of datasets to take shapes and backgrounds from instead of the model's own. ``recipe`` overrides values of the
-    model's recipe (its ``inpainting``, ``quality``, ``erosion`` and ``work`` parts)."""
+    model's recipe (its ``inpainting``, ``erosion`` and ``work`` parts, and ``quality.max_shape_iou``)."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     count: Annotated[int, Field(ge=1, le=100_000)]

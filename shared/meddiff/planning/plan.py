@@ -21,7 +21,7 @@ ANY_FAULTS = 9  # nor one that failed this often in all.
 
 ADVICE: dict[str, str] = {
     "too_far": "fine-tune for more steps or with a lower quality.far_quantile",
-    "copy": "raise inpainting.strength, or fine-tune with a higher quality.copy_quantile",
+    "copy": "raise inpainting.strength, or fine-tune for fewer steps or on more cases",
     "flat": "fine-tune for more steps",
     "empty_shape": "give more masks or lower erosion.share",
     "duplicate_shape": "raise quality.max_shape_iou or give more masks",

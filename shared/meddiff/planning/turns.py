@@ -34,7 +34,7 @@ def _seconds(leases: Leases, spec: Spec) -> float:
         ) * leases.seconds_of("mask_generator")
     if isinstance(spec, EvaluateSpec):
         asked = spec.request
-        trainings = (asked.folds or asked.draws or 1) * asked.seeds * (2 + len(asked.synthetic) * len(asked.arms))
+        trainings = asked.splits * asked.seeds * (2 + len(asked.synthetic) * len(asked.arms))
         return trainings * leases.seconds_of("segmenter")
     return math.ceil(spec.request.count / spec.recipe.work.shard_size) * leases.seconds_of("inpainting")
 

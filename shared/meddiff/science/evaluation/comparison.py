@@ -38,8 +38,9 @@ def gain(differences: Sequence[Paired], seed: int = 0, level: float = 0.95) -> G
     Three things are resampled: the draws, whose cases share what was trained on; in every draw its seeds, whose cases
     share the luck of a training; and, crossed with both, the groups of test cases (Owen and Eckles, Annals of Applied
     Statistics 2012), for images of one patient share the patient, and a case that several draws test is one case. The
-    deviations from the mean add up, wider by Student's t of the groups over the normal quantile, for few groups show
-    less than how they spread (Hesterberg, The American Statistician 2015). No p-value lies below that of n groups which
+    deviations from the mean add up, those of n seeds sqrt(n / (n - 1)) times as large and all of them wider by
+    Student's t of the groups over the normal quantile, for few of anything show less than how they spread (Hesterberg,
+    The American Statistician 2015). No p-value lies below that of n groups which
     all say the same, 2^(1-n). Raises ``ValueError`` where there is no difference.
     """
     if not differences or any(draw.values.size == 0 for draw in differences):
@@ -72,7 +73,8 @@ def _resampled_means(draws: Sequence[Paired], resamples: int, rng: np.random.Gen
     weights = _weights_of_cases([draw.group_of for draw in draws], resamples, rng)
     for draw, of_cases in zip(draws, weights, strict=True):
         of_seeds = len(draw.values)
-        seeds = rng.multinomial(of_seeds, np.full(of_seeds, 1 / of_seeds), size=resamples)
+        counts = rng.multinomial(of_seeds, np.full(of_seeds, 1 / of_seeds), size=resamples)
+        seeds = 1 + (counts - 1) * np.sqrt(of_seeds / max(of_seeds - 1, 1))
         found += ((seeds @ draw.values) * of_cases).sum(axis=1) / (of_seeds * of_cases.sum(axis=1))
     return found / len(draws)
 

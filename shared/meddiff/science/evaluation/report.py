@@ -13,6 +13,7 @@ from meddiff.science.evaluation.comparison import Gain, Paired, gain, holm, mean
 
 POINTS = 100.0
 LEAST_SIZED = 5  # Cases of a size, below which nothing is said of it.
+LEAST_RISE = 1e-4  # Of the learning curve, in Dice.
 
 
 def arm_results(rows: Sequence[Row], arms: Sequence[Arm]) -> tuple[ArmResult, ...]:
@@ -121,14 +122,17 @@ def annotation_equivalents(
 ) -> tuple[Interval | None, bool]:
     """How many more real cases would have gained as much: the curve between its points is linear in the logarithm of
     the number of cases. The second value: whether the curve ends below the mean gain, so that it is at least as many.
-    None where no gain is shown, the curve has no slope to read, or no point with more cases to read a gain from."""
-    if gained.low <= 0 or len(curve) < 2 or curve[-1].dice <= curve[0].dice:
+    None where no gain is shown, and where the curve has no point with more cases or does not rise to one: what cases
+    that bring nothing are worth cannot be read. The interval's ends lie no further than the curve's."""
+    if gained.low <= 0 or len(curve) < 2:
         return None, False
     numbers, dice = np.log([point.real for point in curve]), np.array([point.dice for point in curve])
     have = float(np.log(np.mean([row.real for row in real])))
     if numbers[-1] <= have + 1e-6:
         return None, False
     level = float(np.interp(have, numbers, dice))
+    if dice[-1] - level <= LEAST_RISE:
+        return None, False
     strictly = dice + 1e-9 * np.arange(len(dice))
 
     def more(points: float) -> float:
