@@ -31,7 +31,7 @@ from kombu.exceptions import OperationalError
 from meddiff import metrics
 from meddiff.contracts.jobs import Spec
 from meddiff.contracts.problems import ProblemError
-from meddiff.contracts.tasks import KILLED, Marker, Queue, Stage, Task, TaskFault
+from meddiff.contracts.tasks import KILLED, STORE_FAULT, Marker, Queue, Stage, Task, TaskFault
 from meddiff.planning.dispatch import SOON, advance, fill, finish
 from meddiff.planning.leases import Leases, Live
 from meddiff.planning.observe import read_marker, read_spec
@@ -50,8 +50,11 @@ READY_CHECK_SECONDS = 0.1
 REPORT_SECONDS = 1.0
 STOP_CHECK_SECONDS = 1.0
 KEPT_MODELS = 4
+KEPT_CHECKPOINTS = 2
 LONGEST_PAUSE = 300.0  # Seconds before a task that failed is sent again,
-STORE_PAUSE = 60.0  # or one that the store did not let work.
+STORE_PAUSE = 60.0  # or one that the store did not let work, longer each time.
+LONGEST_STORE_PAUSE = 3600.0
+REDIS_SECONDS = 1.0  # Between attempts to renew a lease while Redis is away.
 
 Result = Literal["done", "dropped", "stopped", "failed", "fault", "unavailable"]
 
@@ -197,11 +200,14 @@ class _Lease:
             log.debug("lease left to expire")
 
     def _renew(self) -> None:
-        while not self._left.wait(self._leases.seconds / 3):
+        pause = self._leases.seconds / 3
+        while not self._left.wait(pause):
             try:
                 kept = self._leases.take(self._task, self._token)
-            except RedisError:
+            except RedisError:  # It may come back without its memory: the lease has to be there before the sweep looks.
+                pause = min(REDIS_SECONDS, self._leases.seconds / 3)
                 continue
+            pause = self._leases.seconds / 3
             if not kept:
                 metrics.LEASES_LOST.labels(self._task.stage).inc()
                 self.lost = True
@@ -304,8 +310,11 @@ class Worker:
         started = time.monotonic()
         work.tell(0, 0, "")
         try:
-            outcome = self.stages[task.stage](work)
-            seconds = time.monotonic() - started
+            try:
+                outcome = self.stages[task.stage](work)
+            finally:
+                seconds = time.monotonic() - started
+                self._charge(task, seconds)
             marker = Marker(
                 stage=task.stage,
                 shard=task.shard,
@@ -315,7 +324,6 @@ class Worker:
                 output=dict(outcome.output),
             )
             self.store.put_json(work.keys.done(task.stage, task.shard), marker)
-            self.leases.correct(task.queue, task.tenant, seconds - self.leases.seconds_of(task.stage))
             self.leases.learn(task.stage, seconds)
         except Stopped:
             log.info("task stopped")
@@ -325,9 +333,9 @@ class Worker:
             finish(self.store, spec, Ending("failed", problem=error.problem))
             return "failed"
         except StoreUnavailable:
-            self.store.ping()  # It is there, and does not give or take one object: that is no fault of the task's.
-            log.error("task failed", error="the store, which answers, did not give or take an object")
-            self.leases.pause(task, STORE_PAUSE)
+            self.store.ping()  # It is there, and does not give or take one object: seldom a fault of the task's.
+            log.error("task failed", error=STORE_FAULT)
+            self.leases.pause(task, min(STORE_PAUSE * 2 ** self._put_fault(task, STORE_FAULT), LONGEST_STORE_PAUSE))
             return "fault"
         except RedisError:
             raise
@@ -336,6 +344,11 @@ class Worker:
             return "fault"
         log.info("task done", units=outcome.units, seconds=round(seconds, 3))
         return "done"
+
+    def _charge(self, task: Task, seconds: float) -> None:
+        """What the task took is its tenant's, however it ended."""
+        with suppress(RedisError):
+            self.leases.correct(task.queue, task.tenant, seconds - self.leases.seconds_of(task.stage))
 
     def _tidy(self, job_id: str) -> None:
         """``tidy`` whenever the work turns to another job."""
@@ -362,10 +375,14 @@ class Worker:
 
 
 def tidy(scratch: Path, store: ObjectStore) -> None:
-    """Removes from this disk what jobs that have ended left, models that are deleted, and all but the newest models."""
+    """Removes from this disk what jobs that have ended left, models that are deleted, and all but the newest models and
+    checkpoints: a checkpoint of Stable Diffusion is 13 GiB, and tenants take turns with every segment."""
     for folder in (scratch / "jobs").glob("*/*"):
         if store.exists(JobKeys(folder.parent.name, folder.name).end):
             shutil.rmtree(folder, ignore_errors=True)
+    checkpoints = sorted((scratch / "jobs").glob("*/*/*.*.safetensors"), key=lambda path: path.stat().st_mtime)
+    for path in checkpoints[:-KEPT_CHECKPOINTS]:
+        path.unlink(missing_ok=True)
     models = sorted((scratch / "models").glob("*/*"), key=lambda folder: folder.stat().st_mtime)
     for folder in models:
         if folder in models[:-KEPT_MODELS] or not store.exists(ModelKeys(folder.parent.name, folder.name).card):

@@ -384,7 +384,9 @@ def _follow(
     except KeyboardInterrupt:
         err.print(f"the job goes on; stop it with: meddiff cancel {job.id}")
         raise typer.Exit(130) from None
-    except httpx.TransportError:
+    except (httpx.TransportError, ServiceError) as error:
+        if isinstance(error, ServiceError) and error.problem.status < 500:
+            raise
         err.print(f"follow the job again with: meddiff jobs {job.id} --wait")
         raise
     _print_job(job, as_json=as_json)

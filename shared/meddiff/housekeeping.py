@@ -28,6 +28,7 @@ FAILED_KEPT = timedelta(days=7)
 """How long what failed and cancelled jobs left stays, for whoever wants to know why."""
 
 IDEMPOTENCY_KEPT = timedelta(days=30)
+UPLOADS_KEPT = timedelta(days=1)
 
 RECORD = frozenset({"spec.json", "end.json", "cancel.json", "faults", "logs", "done"})
 """What stays of a job that failed or was cancelled."""
@@ -86,6 +87,7 @@ def tidy(store: ObjectStore, now: datetime) -> int:
     for finding in orphans(store, now):
         store.delete([finding.key])  # At once: later it may belong to something again.
         removed += 1
+    store.abort_uploads("", now - UPLOADS_KEPT)
     return removed
 
 

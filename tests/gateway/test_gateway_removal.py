@@ -6,8 +6,10 @@ from datetime import UTC, datetime
 
 import httpx
 from gateways import Gateway
-from meddiff.contracts.ids import uuid7
-from meddiff.contracts.jobs import End
+from meddiff.contracts.ids import model_id_of, uuid7
+from meddiff.contracts.jobs import End, FinetuneSpec
+from meddiff.contracts.recipes import CPU
+from meddiff.contracts.requests import FinetuneRequest
 from meddiff.planning.dispatch import submit
 from meddiff.store.keys import DatasetKeys, JobKeys, ModelKeys, model_name
 from stored import Generated, put_dataset, put_generated, put_model
@@ -50,6 +52,26 @@ def test_what_was_made_from_a_dataset_holds_it_or_goes_with_it(gateway: Gateway)
     assert left(gateway, JobKeys(gateway.tenant, job).root) == ["end.json", "spec.json"]
     assert gateway.http.get(f"/jobs/{job}").json()["status"] == "succeeded"
     assert gateway.http.get(f"/jobs/{job}/pairs/0/image").status_code == 410
+
+
+def test_parts_of_a_model_that_was_never_published_go_with_their_dataset(gateway: Gateway) -> None:
+    made = only(gateway)
+    job_id = uuid7()
+    spec = FinetuneSpec(
+        tenant=gateway.tenant,
+        id=job_id,
+        created_at=datetime.now(UTC),
+        request=FinetuneRequest(dataset_uri=made.spec.dataset_id),
+        recipe=CPU,
+        model_id=model_id_of(job_id),
+    )
+    submit(gateway.store, spec)
+    ended(gateway, job_id)
+    part = f"{ModelKeys(gateway.tenant, spec.model_id).root}/backgrounds/00000.png"
+    gateway.store.put(part, b"a patient's picture, its lesion repaired")
+    answer = gateway.http.delete(f"/datasets/{made.spec.dataset_id}", params={"derived": True})
+    assert answer.status_code == 204, answer.text
+    assert not gateway.store.exists(part)
 
 
 def test_a_job_whose_results_are_gone_holds_nothing(gateway: Gateway) -> None:

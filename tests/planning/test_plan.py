@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobspecs import finetune, generate, imported, scored, small
 from meddiff.contracts.jobs import FinetuneSpec, GenerateSpec, Spec
-from meddiff.contracts.tasks import Stage, Task
+from meddiff.contracts.tasks import KILLED, STORE_FAULT, Stage, Task
 from meddiff.planning.plan import Ending, Observed, finetune_steps, plan, segment_range, segments, training_steps
 from meddiff.planning.selection import Entry, Selection, Tally, budget, fold, select
 
@@ -301,16 +301,19 @@ def test_poison_ends_the_job_without_a_trace() -> None:
     assert ending.status == "failed"
     assert ending.problem is not None
     assert "Shard 0 of stage cache" in ending.problem.detail
+    for error in (KILLED, STORE_FAULT):
+        often = [Observed({"import": {0}}, imported(), faults={("cache", 0): (error,) * n}) for n in (8, 9)]
+        assert [plan(finetune(), one).ending is not None for one in often] == [False, True]
     done = Observed({"import": {0}, "cache": {0}}, imported(), faults=faults)
     assert plan(finetune(), done).ending is None
 
 
 def test_planning_a_long_job_is_quick() -> None:
-    """A watermark over 12,000 scored shards costs no more than what lies beyond it."""
-    spec = generate(50_000, recipe=small(work={"shard_size": 8}))
+    """A watermark over 4,000 scored shards costs no more than what lies beyond it."""
+    spec = generate(20_000, recipe=small(work={"shard_size": 8}))
     assert isinstance(spec, GenerateSpec)
-    tally = Tally(12_000, tuple(range(0, 96_000, 2)), b"", tuple((i, "copy") for i in range(1, 96_000, 2)))
-    due = plan(spec, Observed({"quality": {12_001}}, tally=tally)).due
-    assert (due[0].stage, due[0].shard) == ("masks", 12_000)
-    assert 12_001 not in [task.shard for task in due]
+    tally = Tally(4_000, tuple(range(0, 32_000, 2)), b"", tuple((i, "copy") for i in range(1, 32_000, 2)))
+    due = plan(spec, Observed({"quality": {4_001}}, tally=tally)).due
+    assert (due[0].stage, due[0].shard) == ("masks", 4_000)
+    assert 4_001 not in [task.shard for task in due]
     assert isinstance(finetune(), FinetuneSpec)

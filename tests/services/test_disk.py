@@ -1,4 +1,5 @@
-"""What a worker keeps on its own disk: nothing of a job that has ended, nothing of a model that is deleted."""
+"""What a worker keeps on its own disk: nothing of a job that has ended or a model that is deleted, and few
+checkpoints."""
 
 from __future__ import annotations
 
@@ -29,6 +30,12 @@ def test_the_disk_holds_jobs_that_go_on_and_the_newest_models_that_exist(store: 
         (tmp_path / path).mkdir(parents=True)
         (tmp_path / path / "latents").write_bytes(b"x")
         os.utime(tmp_path / path, (place, place))
+    steps = [tmp_path / f"jobs/local/{going_on}/inpainter.{n:08d}.safetensors" for n in range(4)]
+    for place, path in enumerate(steps):
+        path.write_bytes(b"x")
+        os.utime(path, (place, place))
     worker.tidy(tmp_path, store)
+    assert [path for path in steps if path.exists()] == steps[-worker.KEPT_CHECKPOINTS :]
+    assert (tmp_path / f"jobs/local/{going_on}/latents").exists()
     assert {folder.name for folder in tmp_path.glob("jobs/*/*")} == {going_on}
     assert {folder.name for folder in tmp_path.glob("models/*/*")} == set(models[2:-1])

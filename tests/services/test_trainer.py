@@ -16,7 +16,7 @@ from meddiff.contracts.jobs import End, FinetuneSpec
 from meddiff.contracts.models import ModelCard
 from meddiff.contracts.recipes import CPU, override
 from meddiff.contracts.requests import FinetuneRequest
-from meddiff.contracts.tasks import Marker, Stage, Task
+from meddiff.contracts.tasks import STORE_FAULT, Marker, Stage, Task, TaskFault
 from meddiff.planning.dispatch import submit
 from meddiff.planning.leases import Leases
 from meddiff.science import foundation
@@ -133,7 +133,7 @@ def test_a_segment_whose_end_was_not_told_is_not_trained_again(
     assert store.get_json(KEYS.done("inpainter", 0), Marker).output == told
 
 
-def test_what_the_store_does_not_give_is_asked_for_again_later_and_is_no_fault(
+def test_what_the_store_does_not_give_is_asked_for_again_later_and_the_fault_is_the_stores(
     settings: Settings, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(settings, store, tmp_path / "phantoms")
@@ -143,9 +143,26 @@ def test_what_the_store_does_not_give_is_asked_for_again_later_and_is_no_fault(
 
     monkeypatch.setattr(tasks, "load_dataset", withheld)
     assert run(settings, "trainer", "publish") == ["fault"]
-    assert not any(store.list(KEYS.faults("publish", 0)))
+    (fault,) = store.list(KEYS.faults("publish", 0))
+    assert store.get_json(fault, TaskFault).error == STORE_FAULT
     leases = Leases.connect(settings.redis_url, 60)
     assert leases.reserve([Task(tenant="local", job_id=JOB, stage="publish")]) == (None, False)
+
+
+def test_a_task_that_stops_is_paid_for_too(
+    settings: Settings, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted(store, tmp_path / "phantoms")
+    paid: list[float] = []
+
+    def stops(work: workers.Work) -> workers.Outcome:
+        raise workers.Stopped
+
+    monkeypatch.setattr(Leases, "correct", lambda self, queue, tenant, seconds: paid.append(seconds))
+    worker = Worker(settings, "meddiff_services.trainer.tasks", "test", lambda task: None)
+    monkeypatch.setitem(tasks.STAGES, "cache", stops)
+    assert worker.run(Task(tenant="local", job_id=JOB, stage="cache")) == "stopped"
+    assert len(paid) == 1
 
 
 def test_a_store_that_is_away_for_a_while_ends_no_training(

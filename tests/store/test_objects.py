@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -117,6 +118,22 @@ def test_delete_is_idempotent_and_spares_the_rest(store: ObjectStore) -> None:
     store.delete_prefix("d/")
     assert list(store.list("d")) == ["dd/4"]
     store.delete([])
+
+
+def test_parts_of_an_upload_that_was_cut_off_go_with_their_prefix(store: ObjectStore) -> None:
+    client = store._client
+    for key in ("t/one/latents", "t/two/latents"):
+        client._create_multipart_upload(store.bucket, key, {})
+    store.delete_prefix("t/one/")
+
+    def left() -> list[str | None]:
+        return [upload.object_name for upload in client._list_multipart_uploads(store.bucket).uploads]
+
+    assert left() == ["t/two/latents"]
+    store.abort_uploads("", datetime.now(UTC) - timedelta(days=1))
+    assert left() == ["t/two/latents"], "it may go on"
+    store.abort_uploads("", datetime.now(UTC) + timedelta(hours=1))
+    assert left() == []
 
 
 def test_files_in_several_parts(store: ObjectStore, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ serves it, if it has a public address."""
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple
@@ -156,8 +157,12 @@ def _stored_pairs(store: ObjectStore, key: str) -> Mapping[int, _Pair]:
     }
 
 
+_reading = threading.Lock()
+
+
 def _pair(here: Backends, job_id: str, index: int) -> _Pair:
-    pairs = _stored_pairs(here.store, _manifest(here, job_id))
+    with _reading:  # A pull asks with several threads, and a large manifest is to be parsed once.
+        pairs = _stored_pairs(here.store, _manifest(here, job_id))
     if index not in pairs:
         raise ProblemError("not-found", "The manifest has no pair of that index")
     return pairs[index]

@@ -25,13 +25,19 @@ def inpaint(work: Work) -> Outcome:
     """Images of a shard: each lesion painted where its shape says, nothing else changed."""
     recipe = work.spec.recipe
     torch.set_num_threads(recipe.work.inference_threads)
-    candidates = drawn(work)
-    canvases = [_canvas(work, candidate) for candidate in candidates]
-    images = inpainting.inpaint(_model(work), canvases, recipe, work.should_stop)
-    work.raise_if_stopped()
-    for candidate, image in zip(candidates, images, strict=True):
-        work.store.put(work.keys.candidate(candidate.index, "image"), encode_png(image), "image/png")
-    return Outcome(units=len(images), output={"fingerprint": fingerprint(recipe, work.settings)})
+    candidates, model, at_once = drawn(work), _model(work), recipe.inpainting.batch_size
+    for first in range(0, len(candidates), at_once):  # A batch in memory at a time: what is stored stays.
+        some = candidates[first : first + at_once]
+        canvases = []
+        for candidate in some:
+            canvases.append(_canvas(work, candidate))
+            work.raise_if_stopped()
+        images = inpainting.inpaint(model, canvases, recipe, work.should_stop)
+        work.raise_if_stopped()
+        for candidate, image in zip(some, images, strict=True):
+            work.store.put(work.keys.candidate(candidate.index, "image"), encode_png(image), "image/png")
+        work.progress(first + len(some), len(candidates), "pairs")
+    return Outcome(units=len(candidates), output={"fingerprint": fingerprint(recipe, work.settings)})
 
 
 def _model(work: Work) -> Foundation:

@@ -14,7 +14,8 @@ from pydantic import Field
 from meddiff.contracts.base import Contract
 
 Positive = Annotated[int, Field(ge=1)]
-Width = Annotated[int, Field(ge=8, multiple_of=8)]
+Width = Annotated[int, Field(ge=8, le=1024, multiple_of=8)]
+Threads = Annotated[int, Field(ge=1, le=256)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -128,8 +129,8 @@ class Work(Contract):
 
     shard_size: Annotated[int, Field(ge=1, le=256)] = 8
     attempts: Annotated[float, Field(ge=1, le=100)] = 4.0
-    training_threads: Positive = 2
-    inference_threads: Positive = 1
+    training_threads: Threads = 2
+    inference_threads: Threads = 1
 
 
 class Evaluation(Contract):

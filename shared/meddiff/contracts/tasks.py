@@ -73,6 +73,7 @@ class Marker(Stored):
 
 
 KILLED = "its process was ended from outside, perhaps for want of memory"
+STORE_FAULT = "the store, which answers, did not give or take an object"
 """The ``error`` of a fault that no exception left behind."""
 
 

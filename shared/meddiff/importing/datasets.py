@@ -94,6 +94,8 @@ def import_dataset(source: Files, store: ObjectStore, tenant: str, progress: Pro
         )
         keys = DatasetKeys(tenant, dataset.id)
         present = set(store.list(f"{keys.root}/"))
+        if keys.dataset not in present:  # Of an import that was cut off long ago the sweep may be taking the cases.
+            present = set()
         for case in dataset.cases:  # Also of a dataset that is there: a deletion beside its import may have taken some.
             if keys.image(case.id) not in present:
                 store.put(keys.image(case.id), spool.get(case.id, "image"), "image/png")

@@ -12,7 +12,7 @@ from meddiff.contracts.evaluation import Split
 from meddiff.contracts.jobs import End, EndStatus, EvaluateSpec, FinetuneSpec, GenerateSpec, Spec
 from meddiff.contracts.problems import Problem, problem
 from meddiff.contracts.recipes import Recipe
-from meddiff.contracts.tasks import KILLED, Stage, Task
+from meddiff.contracts.tasks import KILLED, STORE_FAULT, Stage, Task
 from meddiff.planning import evaluation
 from meddiff.planning.selection import Tally, budget, is_full, next_start_index, wanted
 
@@ -237,7 +237,7 @@ def _poison(due: Iterable[Task], observed: Observed) -> Problem | None:
     """Why a due task will not be tried again. What failed and is done since, or is needed no longer, is forgiven."""
     for task in due:
         errors = observed.faults.get((task.stage, task.shard), ())
-        raised = [error for error in errors if error != KILLED]
+        raised = [error for error in errors if error not in (KILLED, STORE_FAULT)]
         error, times = Counter(raised or errors or ("",)).most_common(1)[0]
         if (raised and times >= SAME_FAULTS) or len(errors) >= ANY_FAULTS:
             detail = f"Shard {task.shard} of stage {task.stage} failed {len(errors)} times, {times} with {error}."

@@ -42,6 +42,9 @@ def remove_dataset(store: ObjectStore, tenant: str, dataset_id: DatasetId, *, de
         clear_job(store, tenant, job.id)
     for card in made.models:
         _remove_model(store, tenant, card)
+    for job in made.jobs:
+        if isinstance(job, FinetuneSpec):  # One that did not come to a model has left parts of it.
+            store.delete_prefix(f"{ModelKeys(tenant, job.model_id).root}/")
     keys = DatasetKeys(tenant, dataset_id)
     store.delete([keys.dataset])
     store.delete_prefix(f"{keys.root}/")

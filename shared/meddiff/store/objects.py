@@ -206,8 +206,23 @@ class ObjectStore:
             self._guard(attempt)
 
     def delete_prefix(self, prefix: str) -> None:
-        """Nothing that was under ``prefix`` at the call exists afterwards."""
+        """Nothing that was under ``prefix`` at the call exists afterwards, nor parts of an upload that was cut off."""
         self.delete(tuple(self.list(prefix)))
+        self.abort_uploads(prefix)
+
+    def abort_uploads(self, prefix: str, begun_before: datetime | None = None) -> None:
+        """Forgets the parts of uploads under ``prefix`` that are not complete, begun before a moment or at any: those
+        of a process that was killed. (MinIO lists none by a prefix and forgets them itself after a day.)"""
+
+        def attempt() -> None:
+            for upload in self._client._list_multipart_uploads(self.bucket, prefix=prefix).uploads:
+                begun = upload.initiated_time
+                if begun_before is None or (begun is not None and begun < begun_before):
+                    assert upload.object_name is not None
+                    assert upload.upload_id is not None
+                    self._client._abort_multipart_upload(self.bucket, upload.object_name, upload.upload_id)
+
+        self._guard(attempt)
 
     def presigned_get(self, key: str, expires: timedelta = timedelta(hours=1)) -> str:
         """A link that reads the object for a while (at most 7 days), at the public endpoint. Nothing is asked of the
