@@ -51,9 +51,10 @@ REPORT_SECONDS = 1.0
 STOP_CHECK_SECONDS = 1.0
 KEPT_MODELS = 4
 KEPT_CHECKPOINTS = 2
+CHECKPOINT_IN_USE = 900.0  # Seconds; a worker beside this one, on the same disk, may still be uploading it.
 LONGEST_PAUSE = 300.0  # Seconds before a task that failed is sent again,
 STORE_PAUSE = 60.0  # or one that the store did not let work, longer each time.
-LONGEST_STORE_PAUSE = 3600.0
+LONGEST_STORE_PAUSE = 4 * 3600.0
 REDIS_SECONDS = 1.0  # Between attempts to renew a lease while Redis is away.
 
 Result = Literal["done", "dropped", "stopped", "failed", "fault", "unavailable"]
@@ -335,7 +336,9 @@ class Worker:
         except StoreUnavailable:
             self.store.ping()  # It is there, and does not give or take one object: seldom a fault of the task's.
             log.error("task failed", error=STORE_FAULT)
-            self.leases.pause(task, min(STORE_PAUSE * 2 ** self._put_fault(task, STORE_FAULT), LONGEST_STORE_PAUSE))
+            self.leases.pause(task, STORE_PAUSE)
+            earlier = self._put_fault(task, STORE_FAULT)
+            self.leases.pause(task, min(STORE_PAUSE * 3**earlier, LONGEST_STORE_PAUSE))
             return "fault"
         except RedisError:
             raise
@@ -380,9 +383,13 @@ def tidy(scratch: Path, store: ObjectStore) -> None:
     for folder in (scratch / "jobs").glob("*/*"):
         if store.exists(JobKeys(folder.parent.name, folder.name).end):
             shutil.rmtree(folder, ignore_errors=True)
-    checkpoints = sorted((scratch / "jobs").glob("*/*/*.*.safetensors"), key=lambda path: path.stat().st_mtime)
-    for path in checkpoints[:-KEPT_CHECKPOINTS]:
-        path.unlink(missing_ok=True)
+    now, written = time.time(), dict[Path, float]()
+    for path in (scratch / "jobs").glob("*/*/*.*.safetensors"):
+        with suppress(FileNotFoundError):
+            written[path] = path.stat().st_mtime
+    for path in sorted(written, key=written.__getitem__)[:-KEPT_CHECKPOINTS]:
+        if now - written[path] > CHECKPOINT_IN_USE:
+            path.unlink(missing_ok=True)
     models = sorted((scratch / "models").glob("*/*"), key=lambda folder: folder.stat().st_mtime)
     for folder in models:
         if folder in models[:-KEPT_MODELS] or not store.exists(ModelKeys(folder.parent.name, folder.name).card):

@@ -67,3 +67,8 @@ class Settings(BaseSettings):
     redelivery_seconds: int = Field(10, ge=1, description="Celery: how often it looks for such tasks")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     max_upload_bytes: int = Field(2**30, ge=1, description="largest dataset upload")
+    max_dataset_bytes: int = Field(
+        16 * 2**30,
+        ge=1,
+        description="of a dataset's pictures as PNG, which lie in a worker's TMPDIR until all are judged",
+    )

@@ -21,7 +21,7 @@ from PIL import Image
 
 
 def imported(files: Files, store: ObjectStore, tenant: str = "local") -> Dataset:
-    return import_dataset(files, store, tenant, lambda done, total: None)
+    return import_dataset(files, store, tenant, lambda done, total: None, 2**30)
 
 
 def faults(files: Files) -> list[tuple[str, str]]:
@@ -289,7 +289,7 @@ def test_what_is_left_out_is_noted_by_name() -> None:
 
 def test_progress_counts_cases(store: ObjectStore) -> None:
     seen: list[tuple[int, int]] = []
-    import_dataset(pairs(), store, "local", lambda done, total: seen.append((done, total)))
+    import_dataset(pairs(), store, "local", lambda done, total: seen.append((done, total)), 2**30)
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -319,3 +319,10 @@ def test_phantoms_are_a_valid_dataset_and_equal_for_equal_seeds(tmp_path: Path) 
     assert a["README.txt"].startswith(b"These are phantoms")
     report = validate(a)
     assert (report.valid, report.pairs, report.backgrounds, report.notes) == (True, 3, 2, ())
+
+
+def test_a_dataset_of_more_bytes_than_one_may_have_is_refused_and_nothing_is_written(store: ObjectStore) -> None:
+    with pytest.raises(ProblemError) as refused:
+        import_dataset(pairs(), store, "vast", lambda done, total: None, 1000)
+    assert refused.value.problem.type == "urn:meddiff:problem:too-large"
+    assert list(store.list("t/vast/")) == []

@@ -79,7 +79,7 @@ def test_a_cancelled_job_frees_its_worker(running: stack.Stack, tmp_path: Path) 
         assert share < 0.3
         tuned = client.wait(client.finetune(dataset, name="quick", override=QUICK).id)
         assert tuned.status == "succeeded", tuned.problem
-        painting = client.generate("quick", 50_000, override={"inpainting": {"solver_steps": 400}})
+        painting = client.generate("quick", 20_000, override={"inpainting": {"solver_steps": 400}})
         wait_for(lambda: store.exists(JobKeys("local", painting.id).started("inpainting", 0)))
         seconds, share = cancelled(running, client, painting, "inpainter")
         assert seconds < PROMISED_SECONDS

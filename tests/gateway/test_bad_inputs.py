@@ -164,6 +164,12 @@ REQUESTS = {
     "count 0": Bad("/generate", {"model": "{model}", "count": 0}, "/count"),
     "count -1": Bad("/generate", {"model": "{model}", "count": -1}, "/count"),
     "count 10^9": Bad("/generate", {"model": "{model}", "count": 10**9}, "/count"),
+    "more pairs than a job makes": Bad("/generate", {"model": "{model}", "count": 20_001}, "/count"),
+    "threads of a thousand cores": Bad(
+        "/generate",
+        {"model": "{model}", "count": 1, "recipe": {"work": {"inference_threads": 1000}}},
+        "/recipe/work/inference_threads",
+    ),
     "a count that is a word": Bad("/generate", {"model": "{model}", "count": "many"}, "/count"),
     "no count": Bad("/generate", {"model": "{model}"}, "/count"),
     "an unknown model": Bad("/generate", {"model": "nobody", "count": 1}, "/model"),

@@ -83,6 +83,8 @@ def test_what_a_model_cannot_do_is_refused(gateway: Gateway) -> None:
         ("cpu", {"quality": {"encoder": "dinov2"}}, "/recipe/override/quality/encoder_source"),
         ("paper", {"inpainting": {"background": "cover"}}, "/recipe/override/inpainting/background"),
         ("cpu", {"finetuning": {"repair_share": 0.6}}, "/recipe/override/finetuning/repair_share"),
+        ("cpu", {"work": {"training_threads": 257}}, "/recipe/override/work/training_threads"),
+        ("cpu", {"mask_generation": {"widths": [16, 2048]}}, "/recipe/override/mask_generation/widths"),
         ("paper", {"inpainting": {"guide_margin": 0.1}}, "/recipe/override/inpainting/guide_margin"),
     ],
 )

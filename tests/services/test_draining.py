@@ -39,7 +39,7 @@ def staying() -> Iterator[None]:
 def submitted(store: ObjectStore, settings: Settings, folder: Path, job_id: str) -> JobKeys:
     """A fine-tune whose dataset is imported, its mask generator trained in one segment."""
     with open_source(folder.as_uri(), settings, store, "local") as source:
-        dataset = import_dataset(source, store, "local", lambda done, total: None)
+        dataset = import_dataset(source, store, "local", lambda done, total: None, 2**30)
     spec = FinetuneSpec(
         tenant="local",
         id=job_id,

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -18,6 +19,7 @@ from meddiff.embedded.servers import S3Server
 from meddiff.settings import Settings
 from meddiff.store.objects import NotFound, ObjectStore, StoreRefused, StoreUnavailable
 from meddiff.store.retry import RetryPolicy
+from minio.error import S3Error
 from pydantic import SecretStr
 
 QUICK = RetryPolicy(first=0.01, deadline=0.5)
@@ -134,6 +136,18 @@ def test_parts_of_an_upload_that_was_cut_off_go_with_their_prefix(store: ObjectS
     assert left() == ["t/two/latents"], "it may go on"
     store.abort_uploads("", datetime.now(UTC) + timedelta(hours=1))
     assert left() == []
+
+
+def test_a_store_that_keeps_parts_of_uploads_deletes_all_the_same(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise S3Error(Mock(status=403), "AccessDenied", "", "", "", "")
+
+    monkeypatch.setattr(store._client, "_list_multipart_uploads", refused)
+    store.put("t/one/case", b"x")
+    store.delete_prefix("t/one/")
+    assert list(store.list("t/one/")) == []
 
 
 def test_files_in_several_parts(store: ObjectStore, tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ CHANGEABLE = frozenset({"inpainting", "quality", "erosion", "work"})
 CALIBRATED = frozenset(Quality.model_fields) - {"max_shape_iou"}
 """Of ``quality``, what the model was calibrated with."""
 
+MOST_PAIRS = 20_000
+"""Of a job: its manifest is read whole."""
 NO_MODEL = "there is no model of that id or name; one that is being fine-tuned is there once its job has succeeded"
 
 R = TypeVar("R", FinetuneRequest, GenerateRequest, EvaluateRequest)
@@ -107,6 +109,9 @@ def generate_spec(here: Backends, request: GenerateRequest, job_id: JobId) -> Ge
         *_lesions_to_cover(here, card, request.backgrounds),
         *_recipe_faults(card.recipe if card is not None else CPU, request.recipe),
     ]
+    if request.count > MOST_PAIRS:
+        detail = f"at most {MOST_PAIRS}; a further job with start_index goes on from there"
+        faults.append(Fault(pointer="/count", detail=detail))
     if card is None:
         faults.insert(0, Fault(pointer="/model", detail=NO_MODEL))
     _raise_if_any(faults)

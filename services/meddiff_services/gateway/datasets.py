@@ -46,7 +46,9 @@ async def create_dataset(origin: Origin, here: Here, response: Response) -> Data
         if isinstance(origin, str) and is_dataset_id(origin):
             return load_dataset(here.store, here.tenant, origin)
         with _opened(origin, here) as source:
-            return import_dataset(source, here.store, here.tenant, lambda done, total: None)
+            return import_dataset(
+                source, here.store, here.tenant, lambda done, total: None, here.settings.max_dataset_bytes
+            )
 
     dataset = await run_sync(imported, limiter=here.reading)
     response.headers["Location"] = f"/datasets/{dataset.id}"

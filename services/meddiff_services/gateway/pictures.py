@@ -161,8 +161,9 @@ _reading = threading.Lock()
 
 
 def _pair(here: Backends, job_id: str, index: int) -> _Pair:
+    key = _manifest(here, job_id)
     with _reading:  # A pull asks with several threads, and a large manifest is to be parsed once.
-        pairs = _stored_pairs(here.store, _manifest(here, job_id))
+        pairs = _stored_pairs(here.store, key)
     if index not in pairs:
         raise ProblemError("not-found", "The manifest has no pair of that index")
     return pairs[index]

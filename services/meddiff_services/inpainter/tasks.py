@@ -26,7 +26,7 @@ def inpaint(work: Work) -> Outcome:
     recipe = work.spec.recipe
     torch.set_num_threads(recipe.work.inference_threads)
     candidates, model, at_once = drawn(work), _model(work), recipe.inpainting.batch_size
-    for first in range(0, len(candidates), at_once):  # A batch in memory at a time: what is stored stays.
+    for first in range(0, len(candidates), at_once):  # A batch in memory at a time.
         some = candidates[first : first + at_once]
         canvases = []
         for candidate in some:
@@ -36,7 +36,7 @@ def inpaint(work: Work) -> Outcome:
         work.raise_if_stopped()
         for candidate, image in zip(some, images, strict=True):
             work.store.put(work.keys.candidate(candidate.index, "image"), encode_png(image), "image/png")
-        work.progress(first + len(some), len(candidates), "pairs")
+        work.tell(first + len(some), len(candidates), "pairs")
     return Outcome(units=len(candidates), output={"fingerprint": fingerprint(recipe, work.settings)})
 
 

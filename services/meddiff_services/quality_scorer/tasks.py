@@ -71,8 +71,9 @@ def _dataset(work: Work, uri: str) -> Dataset:
     if is_dataset_id(uri):
         return load_dataset(work.store, work.tenant, uri)
     with open_source(uri, work.settings, work.store, work.tenant) as source:
+        limit = work.settings.max_dataset_bytes
         return import_dataset(
-            source, work.store, work.tenant, lambda done, total: work.progress(done, total, "cases")
+            source, work.store, work.tenant, lambda done, total: work.progress(done, total, "cases"), limit
         )  # fmt: skip
 
 

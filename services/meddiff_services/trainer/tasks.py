@@ -180,9 +180,11 @@ def _newest_checkpoint(work: Work, part: Stage, steps: range) -> int:
 
 def _load_checkpoint(work: Work, part: Stage, step: int) -> TrainingState:
     path = _checkpoint_file(work, part, step)
-    if not path.exists():
+    try:
+        return TrainingState.from_tensors(load_file(path))
+    except FileNotFoundError:  # Of another worker, or tidied away.
         work.store.download_file(work.keys.checkpoint(part, step, "state.safetensors"), path)
-    return TrainingState.from_tensors(load_file(path))
+        return TrainingState.from_tensors(load_file(path))
 
 
 def _save_checkpoint(work: Work, part: Stage, state: TrainingState) -> None:
@@ -190,7 +192,7 @@ def _save_checkpoint(work: Work, part: Stage, state: TrainingState) -> None:
     Stable Diffusion one is 13 GiB."""
     path = _checkpoint_file(work, part, state.step)
     for old in path.parent.glob(f"{part}.*.safetensors"):
-        old.unlink()
+        old.unlink(missing_ok=True)
     _save(state.to_tensors(), path)
     work.store.upload_file(work.keys.checkpoint(part, state.step, "state.safetensors"), path)
     stored = sorted(work.store.list(work.keys.checkpoints(part)))

@@ -14,8 +14,7 @@ from pydantic import Field
 from meddiff.contracts.base import Contract
 
 Positive = Annotated[int, Field(ge=1)]
-Width = Annotated[int, Field(ge=8, le=1024, multiple_of=8)]
-Threads = Annotated[int, Field(ge=1, le=256)]
+Width = Annotated[int, Field(ge=8, multiple_of=8)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -129,8 +128,8 @@ class Work(Contract):
 
     shard_size: Annotated[int, Field(ge=1, le=256)] = 8
     attempts: Annotated[float, Field(ge=1, le=100)] = 4.0
-    training_threads: Threads = 2
-    inference_threads: Threads = 1
+    training_threads: Positive = 2
+    inference_threads: Positive = 1
 
 
 class Evaluation(Contract):
@@ -251,6 +250,8 @@ CPU = Recipe(
     work=Work(shard_size=8),
 )
 
+MOST_THREADS, MOST_WIDTH = 256, 1024
+
 RECIPES: dict[str, Recipe] = {r.name: r for r in (PAPER, GPU, CPU)}
 
 
@@ -270,8 +271,8 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 
 def conflicts(recipe: Recipe) -> dict[str, str]:
-    """Values that do not go together: what is wrong, by ``part/field``. Not the contract's to refuse, for what was
-    stored under older rules is read on."""
+    """Values that do not go together, or that no worker bears: what is wrong, by ``part/field``. Not the contract's to
+    refuse, for what was stored under older rules is read on."""
     found = {}
     builtin = recipe.quality.encoder_source == "builtin"
     if builtin and recipe.quality.encoder == "dinov2":
@@ -280,6 +281,11 @@ def conflicts(recipe: Recipe) -> dict[str, str]:
         found["quality/encoder_source"] = "efficientnet-lite0 comes as builtin alone"
     if recipe.finetuning.repair_share > 0.5:
         found["finetuning/repair_share"] = "above 0.5 fewer than half of the examples would show a lesion"
+    for field in ("training_threads", "inference_threads"):
+        if getattr(recipe.work, field) > MOST_THREADS:
+            found[f"work/{field}"] = f"at most {MOST_THREADS}"
+    if max(recipe.mask_generation.widths) > MOST_WIDTH:
+        found["mask_generation/widths"] = f"at most {MOST_WIDTH} each"
     if recipe.finetuning.lesions_alone:
         why = "for finetuning.guide_margin and repair_share are 0: a lesion is painted wherever the guide is"
         if recipe.inpainting.background == "cover":

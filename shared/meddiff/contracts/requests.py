@@ -78,7 +78,7 @@ class GenerateRequest(Contract):
     model's recipe (its ``inpainting``, ``erosion`` and ``work`` parts, and ``quality.max_shape_iou``)."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    count: Annotated[int, Field(ge=1, le=20_000)]  # A manifest is read whole; ``start_index`` goes on from there.
+    count: Annotated[int, Field(ge=1, le=100_000)]
     seed: Seed = 0
     start_index: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     masks: DatasetId | None = None

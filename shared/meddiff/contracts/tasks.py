@@ -73,8 +73,9 @@ class Marker(Stored):
 
 
 KILLED = "its process was ended from outside, perhaps for want of memory"
-STORE_FAULT = "the store, which answers, did not give or take an object"
 """The ``error`` of a fault that no exception left behind."""
+STORE_FAULT = "the store, which answers, did not give or take an object"
+"""The ``error`` of a fault that is the store's, not the task's."""
 
 
 class TaskFault(Stored):

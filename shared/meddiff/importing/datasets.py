@@ -71,14 +71,15 @@ def validate(source: Files) -> ValidationReport:
     )
 
 
-def import_dataset(source: Files, store: ObjectStore, tenant: str, progress: Progress) -> Dataset:
+def import_dataset(source: Files, store: ObjectStore, tenant: str, progress: Progress, limit: int) -> Dataset:
     """The dataset of ``source``, in the tenant's part of ``store``: its cases first, ``dataset.json`` last.
 
     The same data imported twice is the same dataset, and what the first import wrote stays. ``progress`` is told cases
-    judged and cases in all. Raises ``ProblemError`` ``invalid-dataset`` with every fault, and then nothing is written.
+    judged and cases in all; ``limit``: bytes of all its pictures as they are stored. Raises ``ProblemError``
+    ``invalid-dataset`` with every fault, and ``too-large``; then nothing is written.
     """
     with tempfile.TemporaryFile() as file:  # It has no name, so that no crash leaves pixels behind.
-        spool = _Spool(file)
+        spool = _Spool(file, limit)
         judged = _judge(source, spool.keep, progress)
         if judged.layout is None or judged.faults:
             faults = sorted_faults(judged.faults)
@@ -349,12 +350,17 @@ def _too_few(pairs: int, backgrounds: int) -> list[Fault]:
 class _Spool:
     """PNGs that wait in a file until all are judged."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self, file: IO[bytes], limit: int) -> None:
+        self._file, self._limit = file, limit
         self._places: dict[tuple[str, str], tuple[int, int]] = {}
 
     def keep(self, case: str, what: What, png: bytes) -> None:
-        self._places[case, what] = (self._file.seek(0, os.SEEK_END), len(png))
+        place = self._file.seek(0, os.SEEK_END)
+        if place + len(png) > self._limit:
+            raise ProblemError(
+                "too-large", f"the dataset's pictures, as PNG, have more than the {self._limit} bytes that one may have"
+            )
+        self._places[case, what] = (place, len(png))
         self._file.write(png)
 
     def get(self, case: str, what: What) -> bytes:

@@ -63,6 +63,7 @@ def remove_model(store: ObjectStore, tenant: str, card: ModelCard, *, derived: b
 def clear_job(store: ObjectStore, tenant: str, job_id: str) -> None:
     """Removes what a job that has ended left, but its record."""
     store.delete(_results(store, tenant, job_id))
+    store.abort_uploads(f"{JobKeys(tenant, job_id).root}/")
 
 
 def _specs(store: ObjectStore, tenant: str) -> Iterator[Spec]:

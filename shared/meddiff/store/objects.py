@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from uuid import uuid4
 
+import structlog
 import urllib3
 from minio import Minio
 from minio.deleteobjects import DeleteObject
@@ -23,6 +24,7 @@ from meddiff.metrics import STORE_CALLS
 from meddiff.settings import Settings
 from meddiff.store.retry import RetryPolicy
 
+log = structlog.get_logger()
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
@@ -206,13 +208,14 @@ class ObjectStore:
             self._guard(attempt)
 
     def delete_prefix(self, prefix: str) -> None:
-        """Nothing that was under ``prefix`` at the call exists afterwards, nor parts of an upload that was cut off."""
+        """Nothing that was under ``prefix`` at the call exists afterwards; parts of uploads: see ``abort_uploads``."""
         self.delete(tuple(self.list(prefix)))
         self.abort_uploads(prefix)
 
     def abort_uploads(self, prefix: str, begun_before: datetime | None = None) -> None:
         """Forgets the parts of uploads under ``prefix`` that are not complete, begun before a moment or at any: those
-        of a process that was killed. (MinIO lists none by a prefix and forgets them itself after a day.)"""
+        of a process that was killed. A store that does not let go of them holds nothing else up: that is logged. (MinIO
+        lists none by a prefix and forgets them itself after a day.)"""
 
         def attempt() -> None:
             for upload in self._client._list_multipart_uploads(self.bucket, prefix=prefix).uploads:
@@ -220,9 +223,19 @@ class ObjectStore:
                 if begun_before is None or (begun is not None and begun < begun_before):
                     assert upload.object_name is not None
                     assert upload.upload_id is not None
-                    self._client._abort_multipart_upload(self.bucket, upload.object_name, upload.upload_id)
+                    self._abort(upload.object_name, upload.upload_id)
 
-        self._guard(attempt)
+        try:
+            self._guard(attempt, retry=RetryPolicy(deadline=0))
+        except StoreError as error:
+            log.warning("parts of uploads left", error=str(error))
+
+    def _abort(self, key: str, upload_id: str) -> None:
+        try:
+            self._client._abort_multipart_upload(self.bucket, key, upload_id)
+        except S3Error as error:
+            if error.code != "NoSuchUpload":  # Complete or gone meanwhile.
+                raise
 
     def presigned_get(self, key: str, expires: timedelta = timedelta(hours=1)) -> str:
         """A link that reads the object for a while (at most 7 days), at the public endpoint. Nothing is asked of the
