@@ -63,6 +63,15 @@ def test_finetune_imports_a_local_folder_first(meddiff: Command, tmp_path: Path)
     assert json.loads(result.stdout)["request"]["dataset_uri"].startswith("ds_")
 
 
+def test_generate_imports_a_local_dataset_to_take_masks_from(
+    meddiff: Command, gateway: Gateway, tmp_path: Path
+) -> None:
+    (tmp_path / "masks.zip").write_bytes(archive())
+    card = put_model(gateway.store, gateway.tenant, put_dataset(gateway.store, gateway.tenant))
+    result = meddiff("generate", card.id, "--masks", str(tmp_path / "masks.zip"), "--detach", "--json")
+    assert json.loads(result.stdout)["request"]["masks"].startswith("ds_")
+
+
 def test_every_fault_is_listed_and_the_exit_code_says_so(meddiff: Command, gateway: Gateway) -> None:
     result = meddiff("finetune", dataset_of(gateway), "--max-pairs", "1", "--set", "work.shard_size=0", "--name", "a b")
     assert result.exit_code == 1

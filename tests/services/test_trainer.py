@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from meddiff.store.objects import ObjectStore, StoreUnavailable
 from meddiff_services import worker as workers
 from meddiff_services.trainer import tasks
 from meddiff_services.worker import Result, Worker
+from redis import RedisError
 
 sys.path.append(str(Path(__file__).parents[1] / "gateway"))
 from stored import put_dataset, put_model
@@ -163,6 +166,31 @@ def test_a_task_that_stops_is_paid_for_too(
     monkeypatch.setitem(tasks.STAGES, "cache", stops)
     assert worker.run(Task(tenant="local", job_id=JOB, stage="cache")) == "stopped"
     assert len(paid) == 1
+
+
+def test_a_lease_is_renewed_as_soon_as_redis_is_back() -> None:
+    answers: list[bool | RedisError] = [RedisError("away"), True, True]
+    pauses: list[float] = []
+
+    class Flaky:
+        seconds = 60.0
+
+        def take(self, task: Task, token: str) -> bool:
+            answer = answers.pop(0)
+            if isinstance(answer, RedisError):
+                raise answer
+            return answer
+
+    class Left:
+        def wait(self, pause: float) -> bool:
+            pauses.append(pause)
+            return not answers
+
+    lease = workers._Lease(cast(Leases, Flaky()), Task(tenant="local", job_id=JOB, stage="cache"), "me")
+    lease._left = cast(threading.Event, Left())
+    lease._renew()
+    assert pauses == [20, workers.REDIS_SECONDS, 20, 20]
+    assert not lease.lost
 
 
 def test_a_store_that_is_away_for_a_while_ends_no_training(

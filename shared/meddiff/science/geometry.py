@@ -174,8 +174,8 @@ def mirrored_detail(image: Field, hole: Mask) -> Field:
     limit = 2 * detail[~hole].std(axis=0)
     depth, nearest = ndimage.distance_transform_edt(hole, return_indices=True)
     reach = max(hole.shape) / 12
-    mirror = 2 * nearest - np.indices(hole.shape)
-    last = np.array(hole.shape).reshape(2, 1, 1) - 1
+    mirror = 2 * nearest - np.indices(hole.shape, np.int32)
+    last = np.array(hole.shape, np.int32).reshape(2, 1, 1) - 1
     inside = np.clip(mirror, 0, last)
     valid = (mirror == inside).all(axis=0) & ~hole[inside[0], inside[1]]
     weight = valid[..., None] * _blur((valid | ~hole)[..., None].astype(np.float32), 2)
