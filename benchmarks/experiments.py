@@ -70,7 +70,9 @@ KNOWN = {name: variant.what for name, variant in VARIANTS.items()} | GONE
 CANDIDATES = (
     "a: a real case repainted in its own mask; b: how strongly a composite is painted over; c: what a new shape lies "
     "on; d: the edge; e: segmenters that choose or label; f: mixing with real cases; g: unlabelled images; h: when the "
-    "fine-tune stops; i: decoys; j: the foundation."
+    "fine-tune stops; i: decoys; j: the foundation. Cases held aside chose step 480 of 480 on DDTI (so that arm is the "
+    "default, to the bit) and step 300 on ISIC-2018, whose loss of 0.1575 is that of every checkpoint from 240 on within "
+    "0.0007; from noise none of the checkpoints painted a copy."
 )
 
 
