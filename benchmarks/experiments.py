@@ -71,8 +71,8 @@ CANDIDATES = (
     "a: a real case repainted in its own mask; b: how strongly a composite is painted over; c: what a new shape lies "
     "on; d: the edge; e: segmenters that choose or label; f: mixing with real cases; g: unlabelled images; h: when the "
     "fine-tune stops; i: decoys; j: the foundation. Cases held aside chose step 480 of 480 on DDTI (so that arm is the "
-    "default, to the bit) and step 300 on ISIC-2018, whose loss of 0.1575 is that of every checkpoint from 240 on within "
-    "0.0007; from noise none of the checkpoints painted a copy."
+    "default, to the bit) and step 300 on ISIC-2018, where the loss of checkpoints from 240 on is 0.1575 to 0.1581; "
+    "painting from noise, none of them copied."
 )
 
 
