@@ -280,8 +280,6 @@ def _share_left(spec: Spec, measured: Measured, stage: Stage, shard: int) -> flo
         return 1 - _within(spec, told) / _segments(spec, stage, [shard])
     if told.total:
         return 1 - told.done / told.total
-    return (
-        min(1.0, max(LEAST_LEFT, 1 - (measured.now - told.since) / measured.took[stage]))
-        if stage in measured.took
-        else 0.5
-    )
+    if stage not in measured.took:
+        return 0.5
+    return min(1.0, max(LEAST_LEFT, 1 - (measured.now - told.since) / measured.took[stage]))
