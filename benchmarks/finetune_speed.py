@@ -5,7 +5,8 @@
 
 Random weights, gradient checkpointing, float32 unless told otherwise; on the first GPU where there is one.
 ``authors``: what their script does in each step beside the U-Net's: two VAE encodings (image, masked image) and a text
-encoding. ``bare``: the U-Net forward and backward and AdamW, on ready tensors. The large pages are what a worker asks
+encoding; every block is computed again for its gradient, as diffusers' switch has it. ``bare``: the U-Net forward and
+backward and AdamW, on ready tensors; computed again is what ours does again. The large pages are what a worker asks
 for, and serve all three. All take turns in one process; of each turn the first step is not timed, for it allocates. On
 a CPU it needs some 20 GiB: run it alone.
 """
@@ -57,7 +58,6 @@ def sd15(dtype: torch.dtype) -> Foundation:
     text = CLIPTextModel(SD15_TEXT)
     for network in (unet, vae, text):
         network.requires_grad_(network is unet).eval().to(DEVICE, memory_format=torch.channels_last)
-    unet.enable_gradient_checkpointing()
     return Foundation(unet, vae, text, None, scheduler, "random", "", DEVICE, dtype)
 
 
@@ -103,6 +103,7 @@ def plain_step(f: Foundation, batch: int, px: int, steps: int, encode: bool) -> 
     pixels = torch.rand(batch, 3, px, px, device=DEVICE) * 2 - 1
     tokens = torch.randint(0, 49408, (batch, 77), device=DEVICE)
     f.unet.train()
+    f.unet.enable_gradient_checkpointing(None if encode else finetune.recomputed_at(cache["mask"][0].numel()))
     for step in range(steps):
         if step == 1:
             begun = now()

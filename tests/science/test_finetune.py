@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from meddiff.contracts.recipes import CPU, PAPER, Recipe, override
 from meddiff.science import finetune, foundation
 from meddiff.science.finetune import build_cache, hole_beside, masked_loss, train
@@ -256,6 +258,26 @@ def test_a_stop_ends_the_training_at_the_next_step(checkpoint: Path) -> None:
     log: list[StepLog] = []
     state = train(f, cached(f), SMALL, 0, "inpainter", None, 6, log.append, lambda: len(log) == 2)
     assert state.step == 2
+
+
+def test_only_the_finest_blocks_are_computed_again_and_no_weight_differs(checkpoint: Path) -> None:
+    again = override(SMALL, {"finetuning": {"gradient_checkpointing": True}})
+    cache = cached(loaded(checkpoint))
+    f = loaded(checkpoint)
+    computed: list[int] = []
+    for module in f.unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].shape[-1]))
+    states = {}
+    for recipe in (SMALL, again):
+        computed.clear()
+        train(f, cache, recipe, 3, "inpainter", None, 1, lambda entry: None, lambda: False)
+        states[recipe.finetuning.gradient_checkpointing] = Counter(computed)
+    finest = cache["mask"].shape[-1]
+    assert states[True] == {side: n * (2 if side == finest else 1) for side, n in states[False].items()}
+    assert len(states[True]) > 1
+    once, twice = run(checkpoint, cache, [2]), run(checkpoint, cache, [2], again)
+    assert all(torch.equal(p, twice.params[name]) for name, p in once.params.items())
 
 
 def test_bfloat16_computes_with_float32_master_weights(checkpoint: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from meddiff.contracts.manifest import Window
 from meddiff.contracts.recipes import Recipe
@@ -232,6 +233,19 @@ def _recoloured(pixels: Field, rng: np.random.Generator) -> Field:
 # --------------------------------------------------------------------------------------------------------- training
 
 
+def recomputed_at(cells: int) -> Callable[..., Tensor]:
+    """Gradient checkpointing of the blocks that work on ``cells`` positions or more, for diffusers' networks. At the
+    U-Net's finest level lies most of the activations' memory; coarser blocks keep theirs and are not computed twice."""
+
+    def run(block: nn.Module, *inputs: Tensor) -> Tensor:
+        features = inputs[0]
+        positions = features.shape[1] if features.ndim == 3 else features[0, 0].numel()
+        result: Tensor = block(*inputs) if positions < cells else checkpoint(block, *inputs, use_reentrant=False)
+        return result
+
+    return run
+
+
 def train(
     f: Foundation,
     cache: dict[str, Tensor],
@@ -251,7 +265,7 @@ def train(
     prompt = cache["prompt_embeds"].float()
     last_timestep = f.scheduler.config.num_train_timesteps - 1
     if settings.gradient_checkpointing:
-        f.unet.enable_gradient_checkpointing()
+        f.unet.enable_gradient_checkpointing(recomputed_at(examples["mask"][0].numel()))
 
     def loss_at(unet: nn.Module, step: int, accelerator: Accelerator) -> Tensor:
         """Eq. 1 on this process's share of the step's batch. Timesteps are uniform, one in each of as many strata."""
