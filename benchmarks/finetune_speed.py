@@ -6,9 +6,9 @@
 Random weights, gradient checkpointing, float32 unless told otherwise; on the first GPU where there is one.
 ``authors``: what their script does in each step beside the U-Net's: two VAE encodings (image, masked image) and a text
 encoding; every block is computed again for its gradient, as diffusers' switch has it. ``bare``: the U-Net forward and
-backward and AdamW, on ready tensors; computed again is what ours does again. The large pages are what a worker asks
-for, and serve all three. All take turns in one process; of each turn the first step is not timed, for it allocates. On
-a CPU it needs some 20 GiB: run it alone.
+backward and AdamW, on ready tensors; computed again is what ours does again. The large pages that a worker asks for
+serve all three, and so does the layout of the U-Net's weights. All take turns in one process; of each turn the first
+step is not timed, for it allocates. On a CPU it needs some 20 GiB: run it alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from meddiff.contracts.recipes import CPU as CPU_RECIPE
 from meddiff.contracts.recipes import Recipe, override
-from meddiff.science import finetune
+from meddiff.science import finetune, foundation
 from meddiff.science.foundation import Foundation
 from meddiff.science.training import StepLog
 from torch import Tensor
@@ -57,7 +57,8 @@ def sd15(dtype: torch.dtype) -> Foundation:
     unet, vae = UNet2DConditionModel(**SD15_UNET), AutoencoderKL(**SD15_VAE)
     text = CLIPTextModel(SD15_TEXT)
     for network in (unet, vae, text):
-        network.requires_grad_(network is unet).eval().to(DEVICE, memory_format=torch.channels_last)
+        network.requires_grad_(network is unet).eval().to(DEVICE)
+    foundation.laid_out(unet)
     return Foundation(unet, vae, text, None, scheduler, "random", "", DEVICE, dtype)
 
 

@@ -12,6 +12,7 @@ from meddiff import drawing
 from meddiff.pretraining import autoencoder, prompts
 from meddiff.science import foundation
 from PIL import Image
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 MEGABYTE = 2**20
@@ -75,3 +76,11 @@ def test_drawings_follow_from_their_seed_and_stay_in_range() -> None:
         assert np.array_equal(mask, drawing.shape(np.random.default_rng(seed), (64, 48)))
         assert mask.any()
         assert not mask.all()
+
+
+@pytest.mark.parametrize(("more", "layout"), [(0, torch.channels_last), (foundation.LARGE, torch.contiguous_format)])
+def test_a_large_network_stays_contiguous_on_a_cpu(more: int, layout: torch.memory_format) -> None:
+    network = nn.ModuleList([nn.Conv2d(4, 8, 3), nn.ParameterList([torch.empty(more)])])
+    foundation.laid_out(network)
+    weights = next(network.parameters())
+    assert weights.is_contiguous(memory_format=layout)
