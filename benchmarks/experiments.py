@@ -346,6 +346,7 @@ def stops(trainings: Sequence[Training]) -> str:
 
 def write(trainings: Sequence[Training], out: Path) -> None:
     """``experiments.md`` in the folder ``out``, and its plots."""
+    (out / "experiments").mkdir(parents=True, exist_ok=True)
     text = page(trainings)
     for development, name in ((True, "development"), (False, "final")):
         some = {key: found for key, found in grouped(trainings).items() if key[1] == development}
