@@ -268,14 +268,14 @@ def test_only_the_finest_blocks_are_computed_again_and_no_weight_differs(checkpo
     for module in f.unet.modules():
         if isinstance(module, ResnetBlock2D):
             module.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].shape[-1]))
-    states = {}
+    counts = {}
     for recipe in (SMALL, again):
         computed.clear()
         train(f, cache, recipe, 3, "inpainter", None, 1, lambda entry: None, lambda: False)
-        states[recipe.finetuning.gradient_checkpointing] = Counter(computed)
+        counts[recipe.finetuning.gradient_checkpointing] = Counter(computed)
     finest = cache["mask"].shape[-1]
-    assert states[True] == {side: n * (2 if side == finest else 1) for side, n in states[False].items()}
-    assert len(states[True]) > 1
+    assert counts[True] == {side: n * (2 if side == finest else 1) for side, n in counts[False].items()}
+    assert len(counts[True]) > 1
     once, twice = run(checkpoint, cache, [2]), run(checkpoint, cache, [2], again)
     assert all(torch.equal(p, twice.params[name]) for name, p in once.params.items())
 

@@ -78,7 +78,9 @@ def test_drawings_follow_from_their_seed_and_stay_in_range() -> None:
         assert not mask.all()
 
 
-@pytest.mark.parametrize(("more", "layout"), [(0, torch.channels_last), (foundation.LARGE, torch.contiguous_format)])
+@pytest.mark.parametrize(
+    ("more", "layout"), [(0, torch.channels_last), (foundation.LARGE_PARAMETERS, torch.contiguous_format)]
+)
 def test_a_large_network_stays_contiguous_on_a_cpu(more: int, layout: torch.memory_format) -> None:
     network = nn.ModuleList([nn.Conv2d(4, 8, 3), nn.ParameterList([torch.empty(more)])])
     foundation.laid_out(network)

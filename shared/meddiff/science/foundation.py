@@ -19,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import meddiff
 from meddiff import hub
 
-LARGE = 100_000_000
+LARGE_PARAMETERS = 100_000_000
 BUILTIN = Path(meddiff.__file__).parent / "foundations" / "small"
 
 
@@ -122,8 +122,8 @@ def laid_out(network: nn.Module) -> None:
     """Puts the weights into the memory layout that trains faster (`docs/decisions/0022`): channels last, but on a CPU,
     where networks are large, contiguous: there weights, not activations, are what is moved."""
     parameters = list(network.parameters())
-    on_cpu = parameters[0].device.type == "cpu"
-    if not (on_cpu and sum(p.numel() for p in parameters) > LARGE):
+    large = sum(p.numel() for p in parameters) > LARGE_PARAMETERS
+    if not large or parameters[0].device.type != "cpu":
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
