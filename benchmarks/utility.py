@@ -137,6 +137,11 @@ class Trial:
         return (self.folder.name, self.development, self.segmenter, self.train, self.draw, self.name)
 
 
+def real_share(arm: str) -> float:
+    """How many real cases an arm takes, as a share of the draw's: 1.5 of ``real x1.5``, 1 of a variant."""
+    return float(arm.removeprefix(REAL).strip(" x") or 1) if arm.startswith(REAL) else 1.0
+
+
 class Training(Contract):
     """A line of the rows: one segmenter and the figures of its test cases, whose digests are shortened."""
 
@@ -218,8 +223,7 @@ def run(trial: Trial) -> None:
 
 def _material(trial: Trial, cases: Cases, draw: splits.Draw) -> Material:
     if trial.arm.startswith(REAL):
-        share = float(trial.arm.removeprefix(REAL).strip(" x") or 1)
-        some = [*draw.train, *draw.extra][: round(share * len(draw.train))]
+        some = [*draw.train, *draw.extra][: round(real_share(trial.arm) * len(draw.train))]
         return Material(cases.pairs(some))
     variant = variant_of(trial.arm)
     real = cases.pairs(draw.train)
@@ -460,21 +464,21 @@ def trials_due(arguments: argparse.Namespace, done: set[tuple[str | int | bool, 
     """Draw by draw, and in each the arms as they were named, those trainings that are not there yet."""
     for number in range(arguments.draws):
         for name in arguments.dataset:
-            folder = arguments.data / name
-            cases = load(folder, arguments.development)
-            draw = drawn(cases, arguments.train, number)
             for arm in arguments.arm:
-                share = float(arm.removeprefix(REAL).strip(" x") or 1) if arm.startswith(REAL) else 1.0
-                if round(share * len(draw.train)) > len(draw.train) + len(draw.extra):
-                    continue
                 for factor in arguments.factor:
                     trial = Trial(
-                        folder, arguments.development, arguments.segmenter, arguments.train, number, arm,
+                        arguments.data / name, arguments.development, arguments.segmenter, arguments.train, number, arm,
                         (), arguments.cache, arguments.rows, factor, arguments.stop,
                     )  # fmt: skip
                     left = tuple(seed for seed in range(arguments.seeds) if (*trial.begins, seed) not in done)
-                    if left:
+                    if left and _has_enough(trial):
                         yield replace(trial, seeds=left)
+
+
+def _has_enough(trial: Trial) -> bool:
+    """Whether the draw has as many real cases as the arm takes."""
+    draw = drawn(load(trial.folder, trial.development), trial.train, trial.draw)
+    return round(real_share(trial.arm) * len(draw.train)) <= len(draw.train) + len(draw.extra)
 
 
 def record(arguments: argparse.Namespace) -> None:
