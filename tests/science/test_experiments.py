@@ -145,3 +145,15 @@ def test_a_fine_tune_ends_where_its_loss_is_lowest_of_what_hardly_copies() -> No
 
 def test_where_every_checkpoint_copies_the_one_that_copies_least_is_taken() -> None:
     assert checkpoints.best([Checkpoint(60, 0.14, 0.2), Checkpoint(120, 0.12, 0.4)]) == 60
+
+
+def test_going_on_reads_no_dataset_whose_trainings_are_all_there(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    for one in (*runs("real", 0.8), *runs("real x2", 0.9)):
+        utility.append(rows, one)
+    before = rows.read_bytes()
+    arms = ["--arm", "real", "--arm", "real x2"]
+    where = ["--data", str(tmp_path / "nowhere"), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path)]
+    utility.main([*where, "--rows", str(rows), "--dataset", "PH2", *arms, "--draws", "3", "--seeds", "2"])
+    assert rows.read_bytes() == before
+    assert "real x2" in (tmp_path / "experiments.md").read_text()
