@@ -136,6 +136,8 @@ def variant_of(name: str) -> Variant:
 
 
 GONE = {
+    "like donors": "b: a donor of the four whose outlines are most like the shape, its speckle not stretched",
+    "like donors, copy-paste": "the same, nothing painted",
     "painted detail": "of the painting every detail kept, ``kept_detail`` 0; what follows a comma is a variant of that",
     "painted detail, wider sizes": "c: drawn shapes larger or smaller by exp(N(0, 0.5))",
     "painted detail, contrast": "b: the lesion's contrast to its surroundings to a power of 0.4 to 1.3",
