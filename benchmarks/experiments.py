@@ -17,7 +17,7 @@ from meddiff.contracts.evaluation import REAL, Arm, ArmResult, Interval
 from meddiff.science.evaluation import report
 from meddiff.science.evaluation.comparison import Paired, gain, holm
 
-from benchmarks.utility import EVALUATION, Training, read
+from benchmarks.utility import EVALUATION, Training, read, real_share
 from benchmarks.variants import BEFORE, GONE, VARIANTS
 
 Key = tuple[str, bool, str, int]
@@ -80,8 +80,7 @@ def arm_of(training: Training) -> Arm:
     """The arm as the report knows it: its place on the learning curve, or its pairs."""
     name = training.arm
     if name.startswith(REAL):
-        share = name.removeprefix(REAL).partition(",")[0].strip(" x")
-        return Arm(name=name, share=float(share or 1))
+        return Arm(name=name, share=real_share(name))
     return Arm(name=name, source="copy-paste" if "copy-paste" in name else "synthetic", pairs=training.pairs)
 
 

@@ -138,8 +138,8 @@ class Trial:
 
 
 def real_share(arm: str) -> float:
-    """How many real cases an arm takes, as a share of the draw's: 1.5 of ``real x1.5``, 1 of a variant."""
-    return float(arm.removeprefix(REAL).strip(" x") or 1) if arm.startswith(REAL) else 1.0
+    """How many real cases an arm takes, as a share of the draw's: 1.5 of ``real x1.5, 2 x steps``, 1 of a variant."""
+    return float(arm.partition(",")[0].removeprefix(REAL).strip(" x") or 1) if arm.startswith(REAL) else 1.0
 
 
 class Training(Contract):
